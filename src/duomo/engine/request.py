@@ -1,0 +1,103 @@
+"""What is asked of the engine and what comes back, as frozen values. Plain Python.
+
+Everything here crosses the process seam, so it is made of ints, floats, strings, bytes and tuples.
+Ids in, ids out: text, reasoning and tool calls are put together above, in `duomo.llm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from duomo.errors import ConfigError
+
+FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
+ThinkingMode = Literal["on", "off", "auto"]
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """One constraint on the answer (never on the thinking), in llguidance's terms."""
+
+    kind: Literal["json_schema", "json_object", "regex", "grammar", "choice"]
+    value: str = ""  # a JSON schema, a regex, a Lark grammar, or a JSON list of choices
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one answer is drawn. Validated on construction: a value out of range is a ConfigError."""
+
+    max_tokens: int | None = None  # None: whatever the context leaves
+    temperature: float = 0.2
+    top_p: float = 0.8
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    n: int = 1
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    bad_words: tuple[str, ...] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None  # how many alternatives a token; 0: the chosen one alone
+    prompt_logprobs: int | None = None
+    thinking: ThinkingMode = "auto"
+    thinking_budget: int | None = None  # tokens of thinking; None: no bound of its own
+    constraint: Constraint | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ConfigError(f"{name} is {value}; it must be between {low:g} and {high:g}", name=name)
+        if len(self.stop) > 16:
+            raise ConfigError(f"stop has {len(self.stop)} strings; at most 16 are allowed", name="stop")
+        if any(not text for text in self.stop):
+            raise ConfigError("stop has an empty string; give at least one character", name="stop")
+
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("max_tokens", 1, 1 << 24),
+    ("temperature", 0.0, 2.0),
+    ("top_p", 0.0, 1.0),
+    ("top_k", 0, 1 << 24),
+    ("min_p", 0.0, 1.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+    ("repetition_penalty", 0.01, 10.0),
+    ("seed", -(1 << 63), (1 << 64) - 1),
+    ("n", 1, 128),
+    ("min_tokens", 0, 1 << 24),
+    ("logprobs", 0, 64),
+    ("prompt_logprobs", 0, 64),
+    ("thinking_budget", 0, 1 << 24),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    cached_tokens: int = 0
+    image_tokens: int = 0
+    video_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer. `thinking` and `thinking_budget` are the values in effect, whatever was asked."""
+
+    text: str
+    reasoning: str = ""
+    tool_calls: tuple[Any, ...] = ()  # of processing.messages.ToolCall
+    finish_reason: FinishReason = "stop"
+    usage: Usage = field(default_factory=Usage)
+    thinking: ThinkingMode = "off"
+    thinking_budget: int | None = None
+    token_ids: tuple[int, ...] = ()
