@@ -6,10 +6,16 @@ Index tensors are made on the CPU while the batch is built, so that no step wait
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
+
+from duomo.model.config import ModelConfig
+from duomo.model.positions import SpanLike, build_positions, token_routes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +59,41 @@ class KVCache(Protocol):
         Keys are already rotated. Scale is H**-0.5. Returns [T, N, H] in the query's dtype.
         """
         ...
+
+
+def build_batch(
+    prompts: Sequence[Sequence[int]],
+    config: ModelConfig,
+    spans: Sequence[Sequence[SpanLike]] = (),
+    features_RD: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """Whole prompts packed one after another, nothing cached. The engine builds its own, chunk by chunk."""
+    spans = spans or [()] * len(prompts)
+    ids = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
+    positions = np.concatenate(
+        [build_positions(len(prompt), own) for prompt, own in zip(prompts, spans, strict=True)], axis=1
+    )
+    is_vision = token_routes(ids, config)
+    starts = np.cumsum([0, *(len(prompt) for prompt in prompts)])
+    media_rows = [
+        np.arange(start + span.start, start + span.start + _num_tokens(span))
+        for start, own in zip(starts, spans, strict=False)
+        for span in own
+    ]
+    feature_rows = torch.from_numpy(np.concatenate(media_rows)).to(device) if media_rows else None
+    return Batch(
+        ids_T=torch.from_numpy(ids).to(device),
+        positions_3T=torch.from_numpy(positions).to(device),
+        text_rows=torch.from_numpy(np.flatnonzero(~is_vision)).to(device),
+        vision_rows=torch.from_numpy(np.flatnonzero(is_vision)).to(device),
+        num_new=tuple(len(prompt) for prompt in prompts),
+        num_cached=(0,) * len(prompts),
+        feature_rows=feature_rows,
+        features_RD=features_RD,
+    )
+
+
+def _num_tokens(span: SpanLike) -> int:
+    grid = span.grid
+    return max(1, grid.frames // 2) * (grid.rows // 2) * (grid.columns // 2)

@@ -1,0 +1,19 @@
+"""The plain torch version of every operation: the specification its fast twins are compared with."""
+
+from duomo.kernels.reference.attention import attention
+from duomo.kernels.reference.experts import experts, swiglu
+from duomo.kernels.reference.norm import layernorm, rmsnorm
+from duomo.kernels.reference.rope import rotate_halves, rotate_pairs
+from duomo.kernels.reference.router import Routing, route
+
+__all__ = [
+    "Routing",
+    "attention",
+    "experts",
+    "layernorm",
+    "rmsnorm",
+    "rotate_halves",
+    "rotate_pairs",
+    "route",
+    "swiglu",
+]

@@ -1,0 +1,82 @@
+"""What stands between attention and the residual: a dense MLP, or two banks of routed experts and the shared.
+
+Each token goes to the bank of its own modality, chosen by rows prepared with the batch; the shared experts
+see every token. A batch of text alone never touches a vision expert's weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from duomo import kernels
+from duomo.model.config import BankConfig, ModelConfig
+from duomo.model.inputs import Batch
+from duomo.model.layers import Linear
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x): layer 0, the dense sibling, and the fused shared experts."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, has_bias: bool) -> None:
+        super().__init__()
+        self.gate = Linear(hidden_size, intermediate_size, has_bias)
+        self.up = Linear(hidden_size, intermediate_size, has_bias)
+        self.down = Linear(intermediate_size, hidden_size, has_bias)
+
+    def forward(self, hidden_TD: Tensor, batch: Batch | None = None) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(hidden_TD)) * self.up(hidden_TD))  # type: ignore[no-any-return]
+
+
+class Router(nn.Module):
+    """fp32 whatever the model's dtype: weight [E, D] and the correction bias [E]."""
+
+    def __init__(self, config: ModelConfig, bank: BankConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(bank.num_experts, config.hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(bank.num_experts, dtype=torch.float32), requires_grad=False)
+        self.num_chosen = config.num_chosen
+        self.norm_min = config.router_norm_min
+
+    def forward(self, hidden_TD: Tensor) -> kernels.Routing:
+        return kernels.route(hidden_TD, self.weight, self.bias, self.num_chosen, self.norm_min)
+
+
+class ExpertBank(nn.Module):
+    """E experts of one modality with their router. `gate_up` is [E, 2F, D], gate rows first."""
+
+    def __init__(self, config: ModelConfig, bank: BankConfig) -> None:
+        super().__init__()
+        width, size = config.hidden_size, bank.expert_size
+        self.router = Router(config, bank)
+        self.gate_up = nn.Parameter(torch.empty(bank.num_experts, 2 * size, width))
+        self.down = nn.Parameter(torch.empty(bank.num_experts, width, size))
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        routing = self.router(hidden_TD)
+        return kernels.experts(hidden_TD, routing.expert_ids_TK, routing.weights_TK, self.gate_up, self.down)
+
+
+class Experts(nn.Module):
+    """The mixture of one layer: text bank, vision bank where there is one, shared experts where there are."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.text_experts is not None, "an expert layer needs a text bank"
+        self.text = ExpertBank(config, config.text_experts)
+        self.vision = ExpertBank(config, config.vision_experts) if config.vision_experts else None
+        has_shared = config.shared_size > 0
+        self.shared = MLP(config.hidden_size, config.shared_size, config.use_bias) if has_shared else None
+
+    def forward(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
+        routed_TD = self._routed(hidden_TD, batch)
+        return routed_TD if self.shared is None else routed_TD + self.shared(hidden_TD)
+
+    def _routed(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
+        if self.vision is None or not batch.vision_rows.numel():
+            return self.text(hidden_TD)  # type: ignore[no-any-return]
+        if not batch.text_rows.numel():
+            return self.vision(hidden_TD)  # type: ignore[no-any-return]
+        out_TD = torch.zeros_like(hidden_TD)
+        out_TD = out_TD.index_copy(0, batch.text_rows, self.text(hidden_TD[batch.text_rows]))
+        return out_TD.index_copy(0, batch.vision_rows, self.vision(hidden_TD[batch.vision_rows]))
