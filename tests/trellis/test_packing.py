@@ -10,7 +10,7 @@ from duomo.trellis import LCC2_10, LCC2_12, packing
 from duomo.trellis.code import TrellisCode
 
 FOUR_BITS = TrellisCode(
-    "four", 4, 12, (16, 32, 64, 8, 1, 2, 4, 3, 16, 32, 64, 8), (*range(-63, 64), 63), 0.05
+    "four", 4, 12, (8, 16, 32, 64, 1, 2, 4, 3, 8, 16, 32, 64), (*range(-63, 64), 63), 0.05
 )
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 6))
 

@@ -56,6 +56,9 @@ class TrellisCode:
         )
         need(all(0 <= column < size for column in self.columns), f"a column outside [0, {size})")
         need(all(-63 <= value <= 63 for value in self.codebook), "a codebook value outside [-63, 63]")
+        tops = tuple(size >> (self.bits - bit) for bit in range(self.bits))
+        ends = (self.columns[: self.bits], self.columns[-self.bits :])
+        need(ends == (tops, tops), f"the columns of the newest and of the oldest symbol must be {tops}")
         need(self.unit > 0, f"unit is {self.unit}; it must be positive")
 
     @property

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from duomo.env import CPU_ISA
 from duomo.errors import ConfigError
 from duomo.trellis import hadamard, packing, viterbi
-from duomo.trellis.code import LCC2_12, TrellisCode
+from duomo.trellis.code import LCC2_12, LUT_OFFSET, TrellisCode
 from duomo.trellis.tensor import TrellisTensor, decode_streams
 
 F32 = npt.NDArray[np.float32]
@@ -42,16 +42,28 @@ def encode(targets: F32, code: TrellisCode, seam_steps: int = viterbi.SEAM_STEPS
     module = native()
     if module is None:
         return viterbi.encode_fixed(fixed, code, seam_steps)
-    hashes = code.hash_table()
-    levels = (np.asarray(code.codebook, np.int32) + 64) << viterbi.FRACTION_BITS[code.bits]
+    return encode_native(module, fixed, code, seam_steps, num_threads, CPU_ISA.get())
+
+
+def encode_native(
+    module: Any,
+    fixed: npt.NDArray[np.uint16],
+    code: TrellisCode,
+    seam_steps: int,
+    num_threads: int,
+    isa: str,
+) -> U8:
+    """`viterbi.encode_fixed` by the compiled module, its instruction set capped by `isa`."""
+    columns = np.asarray(code.columns, np.uint8)
+    levels = (np.asarray(code.codebook, np.int32) + LUT_OFFSET) << viterbi.FRACTION_BITS[code.bits]
     symbols: U8 = module.viterbi_encode(
         np.ascontiguousarray(fixed),
-        hashes,
+        columns,
         levels.astype(np.uint16),
         code.bits,
         seam_steps,
         num_threads,
-        CPU_ISA.get(),
+        isa,
     )
     return symbols
 
