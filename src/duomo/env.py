@@ -57,5 +57,11 @@ KERNELS = Variable(
     "",
     "Forces one kernel set: reference (plain torch) or cpu (native); empty picks the fastest there is.",
 )
+API_KEYS = Variable(
+    "DUOMO_API_KEYS",
+    str,
+    "",
+    "Keys the server accepts, separated by commas; `--api-key-file` is the better way.",
+)
 
-VARIABLES: tuple[Variable[str] | Variable[int], ...] = (CPU_ISA, NUM_THREADS, KERNELS)
+VARIABLES: tuple[Variable[str] | Variable[int], ...] = (CPU_ISA, NUM_THREADS, KERNELS, API_KEYS)
