@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from duomo.trellis import LCC2_10, LCC2_12, LCC2_14, encoder, viterbi
+from duomo.trellis import LCC2_10, LCC2_12, LCC2_14, LCC4_12, encoder, viterbi
 
 native = encoder.native()
 pytestmark = pytest.mark.skipif(native is None, reason="duomo._native is not built")
 SHAPES = [(0, 7), (1, 1), (1, 5), (16, 64), (17, 31), (33, 40), (50, 130)]
 
 
-def encode(targets, code, isa, seam_steps=128, num_threads=1):
+def encode(targets, code, isa, seam_steps=viterbi.SEAM_STEPS, num_threads=1):
     fixed = viterbi.fixed_point(targets / np.float32(code.unit), code)
     return encoder.encode_native(native, fixed, code, seam_steps, num_threads, isa)
 
@@ -21,7 +21,7 @@ def targets(shape, spread=1.3, seed=0):
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("code", [LCC2_10, LCC2_12], ids=lambda code: code.name)
+@pytest.mark.parametrize("code", [LCC2_10, LCC2_12, LCC4_12], ids=lambda code: code.name)
 def test_same_symbols_as_numpy(code, shape, isa):
     x = targets(shape)
     expected = viterbi.encode_fixed(viterbi.fixed_point(x / np.float32(code.unit), code), code)

@@ -17,8 +17,9 @@ from duomo.trellis.code import TrellisCode
 
 LANES = 16  # rows side by side in a register
 BLOCK = 16  # inputs of a column block: 4 groups of 4
-MIN_STEPS = 128
-"""Shortest stream worth having: tail-biting costs 7 % of the error at 64 steps, 2 % at 128 (2 bits, L=12)."""
+MIN_STEPS = {2: 128, 4: 64}
+"""Shortest stream worth having. Tail-biting costs 7 % of the error at 64 steps of 2 bits and 1 % at 128 (L=12);
+at 4 bits, where a window holds 3 symbols and not 6, it costs 2 % at 64."""
 
 U8 = npt.NDArray[np.uint8]
 
@@ -41,7 +42,9 @@ def default_chain(rows: int, columns: int, code: TrellisCode) -> int:
     """
     check_shape(rows, columns, code)
     blocks, steps = columns // BLOCK, rows // 4
-    return next((c for c in range(1, blocks) if blocks % c == 0 and c * steps >= MIN_STEPS), blocks)
+    return next(
+        (c for c in range(1, blocks) if blocks % c == 0 and c * steps >= MIN_STEPS[code.bits]), blocks
+    )
 
 
 def pack(symbols: U8, code: TrellisCode) -> U8:
