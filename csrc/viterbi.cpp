@@ -2,6 +2,8 @@
 // allocates; a group's scratch is a few megabytes and is reused by the thread that owns it.
 #include "viterbi.hpp"
 
+#include "cpu.hpp"
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -28,11 +30,10 @@ Aligned allocate(size_t bytes) {
 
 bool machine_has(const Encoder& encoder) {
     if (!encoder.encode) return false;
-#if defined(__x86_64__)
-    if (&encoder == &avx512_encoder) return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    if (&encoder == &avx2_encoder) return __builtin_cpu_supports("avx2");
-#endif
-    return &encoder == &portable_encoder;
+    const Isa best = best_isa();
+    if (&encoder == &avx512_encoder) return best == Isa::avx512;
+    if (&encoder == &avx2_encoder) return best == Isa::avx512 || best == Isa::avx2;
+    return true;
 }
 
 const Encoder& choose(const char* isa, int64_t num_streams) {

@@ -18,7 +18,7 @@ from duomo.trellis.code import TrellisCode
 LANES = 16  # rows side by side in a register
 BLOCK = 16  # inputs of a column block: 4 groups of 4
 MIN_STEPS = {2: 128, 4: 64}
-"""Shortest stream worth having. Tail-biting costs 7 % of the error at 64 steps of 2 bits and 1 % at 128 (L=12);
+"""Shortest stream worth having. Tail-biting costs 7 % of the error at 64 steps of 2 bits, 1 % at 128 (L=12);
 at 4 bits, where a window holds 3 symbols and not 6, it costs 2 % at 64."""
 
 U8 = npt.NDArray[np.uint8]

@@ -2,9 +2,9 @@
 
     python -m duomo.trellis.search --bits 2 --window 12 --candidates 3000 --steps 3000 --seed 1
 
-All candidates are judged on the same Gaussian sample, so that differences of 0.1 % show; the figure printed at
-the end comes from a sample that no candidate saw. A codebook is trained by Lloyd's iteration through the encoder
-itself, then rounded to 7-bit integers. Needs the compiled encoder: the numpy one would take weeks.
+All candidates are judged on one Gaussian sample, so that differences of 0.1 % show; the figure printed at the
+end comes from a sample that no candidate saw. A codebook is trained by Lloyd's iteration through the encoder,
+then rounded to 7-bit integers. Needs the compiled encoder: the numpy one would take weeks.
 """
 
 from __future__ import annotations
