@@ -2,7 +2,8 @@
 
 from duomo.trellis.code import LCC2_10, LCC2_12, LCC2_14, LCC4_12, PRESETS, TrellisCode, preset
 from duomo.trellis.encoder import encode, encode_matrix
-from duomo.trellis.tensor import TrellisTensor
+from duomo.trellis.integer import IntTensor, encode_int
+from duomo.trellis.tensor import TrellisBank, TrellisTensor
 
 __all__ = [
     "LCC2_10",
@@ -10,9 +11,12 @@ __all__ = [
     "LCC2_14",
     "LCC4_12",
     "PRESETS",
+    "IntTensor",
+    "TrellisBank",
     "TrellisCode",
     "TrellisTensor",
     "encode",
+    "encode_int",
     "encode_matrix",
     "preset",
 ]

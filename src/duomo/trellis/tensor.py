@@ -6,6 +6,7 @@ It refuses sizes that do not fit the code. The meaning of each field is FORMAT.m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,3 +85,60 @@ def decode_streams(symbols: npt.NDArray[np.uint8], code: TrellisCode) -> npt.NDA
         windows |= np.roll(symbols, age, axis=1).astype(np.uint16) << np.uint16(code.bits * age)
     values: npt.NDArray[np.int8] = code.value_table()[windows]
     return values
+
+
+@dataclass(frozen=True)
+class TrellisBank:
+    """E matrices of one shape, code and rotation: the experts of a layer.
+
+    codes uint8 [E, N*K*bits/8]; row_scale float16 [E, N]; shape (E, N, K).
+    """
+
+    code: TrellisCode
+    codes: npt.NDArray[np.uint8]
+    row_scale: npt.NDArray[np.float16]
+    shape: tuple[int, int, int]
+    seed: int | None
+    chain: int = 1
+
+    def __post_init__(self) -> None:
+        if not len(self.codes) == len(self.row_scale) == self.shape[0] > 0:
+            raise ShapeMismatch(
+                f"a bank of {self.shape[0]} matrices with {len(self.codes)} and {len(self.row_scale)} entries"
+            )
+        for expert in (0, self.shape[0] - 1):
+            _ = self[expert]
+
+    def __getitem__(self, expert: int) -> TrellisTensor:
+        return TrellisTensor(
+            self.code, self.codes[expert], self.row_scale[expert], self.shape[1:], self.seed, self.chain
+        )
+
+    @classmethod
+    def of(cls, tensors: Sequence[TrellisTensor]) -> TrellisBank:
+        first = tensors[0]
+        same = all(
+            (t.code, t.shape, t.seed, t.chain) == (first.code, first.shape, first.seed, first.chain)
+            for t in tensors
+        )
+        assert same, "the matrices of a bank share code, shape, rotation and chain"
+        return cls(
+            first.code,
+            np.stack([t.codes for t in tensors]),
+            np.stack([t.row_scale for t in tensors]),
+            (len(tensors), *first.shape),
+            first.seed,
+            first.chain,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return self.codes.nbytes + self.row_scale.nbytes
+
+    def row_multiplier(self) -> npt.NDArray[np.float32]:
+        """float32 [E, N]."""
+        return self.row_scale.astype(np.float32) * np.float32(self.code.unit)
+
+    def decode(self) -> npt.NDArray[np.float32]:
+        """float32 [E, N, K] in the original basis."""
+        return np.stack([self[expert].decode() for expert in range(self.shape[0])])
