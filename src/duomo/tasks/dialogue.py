@@ -5,19 +5,23 @@ The last matters most: a model that has only ever seen pictures invents one when
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 
 from duomo.tasks import digits, shapes
 from duomo.tasks.scene import Example, Language, Split, Turn, pick, split_of
 
-GREETINGS = {
+Phrases: TypeAlias = dict[Language, tuple[tuple[str, ...], str]]
+
+GREETINGS: Phrases = {
     "en": (
         ("Hello!", "Hi", "Good morning", "Hey there", "hello"),
         "Hello! Show me a picture or ask me something.",
     ),
     "zh": (("你好！", "您好", "早上好", "你好", "嗨"), "你好！请给我看一张图片，或者问我一个问题。"),
 }
-WHO = {
+WHO: Phrases = {
     "en": (
         ("Who are you?", "What are you?", "What can you do?"),
         "I am duomo's small embedded model. I read handwritten digits, and name and count coloured shapes.",
@@ -27,7 +31,10 @@ WHO = {
         "我是duomo的小型内置模型，能读手写数字，认识并数出彩色形状。",
     ),
 }
-THANKS = {"en": (("Thanks!", "Thank you."), "You're welcome."), "zh": (("谢谢！", "多谢"), "不客气。")}
+THANKS: Phrases = {
+    "en": (("Thanks!", "Thank you."), "You're welcome."),
+    "zh": (("谢谢！", "多谢"), "不客气。"),
+}
 NO_PICTURE = {"en": "There is no picture.", "zh": "没有图片。"}
 SUM = {"en": "What is {a} + {b}?", "zh": "{a}+{b}等于多少？"}
 
@@ -39,7 +46,14 @@ def generate(rng: np.random.Generator, split: Split) -> Example:
     if choice < 0.45:
         return _sum(rng, split, language)
     if choice < 0.75:
-        questions = [digits.READ, digits.ADD, shapes.NAME, shapes.COUNT_ALL, digits.LARGEST, shapes.COLOUR]
+        questions: list[dict[str, tuple[str, ...]]] = [
+            digits.READ,
+            digits.ADD,
+            shapes.NAME,
+            shapes.COUNT_ALL,
+            digits.LARGEST,
+            shapes.COLOUR,
+        ]
         asked = pick(rng, questions[int(rng.integers(len(questions)))][language])
         return Example((Turn(asked, NO_PICTURE[language], kind="text/no picture"),), "no picture")
     asked, answer = (GREETINGS, WHO, THANKS)[int(rng.choice(3, p=(0.4, 0.45, 0.15)))][language]

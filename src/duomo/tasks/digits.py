@@ -104,7 +104,7 @@ def warp(
         (a, b, offset_x, d, e, offset_y),
         Image.Resampling.BILINEAR,
     )
-    return np.asarray(picture, dtype=np.float32) / 255
+    return np.asarray(picture, dtype=np.float32) * np.float32(1 / 255)
 
 
 def colour(rng: np.random.Generator, ink: npt.NDArray[np.float32]) -> Pixels:

@@ -29,7 +29,8 @@ class Handwriting:
 
     def draw(self, rng: np.random.Generator, digit: int) -> npt.NDArray[np.uint8]:
         pool = self.samples[digit]
-        return pool[int(rng.integers(len(pool)))]
+        sample: npt.NDArray[np.uint8] = pool[int(rng.integers(len(pool)))]
+        return sample
 
 
 def load_handwriting(cache: Path, split: Split) -> Handwriting:
@@ -49,7 +50,8 @@ def load_handwriting(cache: Path, split: Split) -> Handwriting:
 
 def _in_split(count: int, split: Split) -> npt.NDArray[np.bool_]:
     place = np.arange(count) % 10
-    return {"train": place < 8, "dev": place == 8, "test": place == 9}[split]
+    wanted: npt.NDArray[np.bool_] = {"train": place < 8, "dev": place == 8, "test": place == 9}[split]
+    return wanted
 
 
 def _fetch(cache: Path) -> None:

@@ -62,7 +62,7 @@ class Shape(NamedTuple):
 def generate(rng: np.random.Generator, split: Split, num_turns: int = 4) -> Example:
     """A scene of the asked split with several questions, in both languages, with and without thinking."""
     while True:
-        shapes = _draw_scene(rng)
+        shapes = draw_scene(rng)
         scene = "shapes " + " ".join(sorted(f"{s.colour}-{s.kind}@{s.cell}" for s in shapes))
         if split_of(scene) == split:
             break
@@ -78,7 +78,7 @@ def generate(rng: np.random.Generator, split: Split, num_turns: int = 4) -> Exam
     return Example(turns, scene, draw(rng, shapes))
 
 
-def _draw_scene(rng: np.random.Generator) -> list[Shape]:
+def draw_scene(rng: np.random.Generator) -> list[Shape]:
     count = 1 if rng.random() < 0.35 else int(rng.integers(1, MAX_SHAPES + 1))
     cells = rng.choice(16, size=count, replace=False)
     # Few kinds and colours in one scene, so that a question about one of them has every count.

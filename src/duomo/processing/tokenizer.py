@@ -1,0 +1,175 @@
+"""Text to ids and back, from `tokenizer.json` or a SentencePiece `tokenizer.model`.
+
+Control tokens are reached by name only (`special_id`): text is encoded with them switched off, so that
+what a user types never becomes one. Ids are looked up in the vocabulary and never assumed, since the
+embedded model has ERNIE's names in a vocabulary of 4,096.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from duomo.errors import CheckpointError, TemplateError
+
+_SPACE = "▁"  # how SentencePiece writes a blank
+
+
+class _Vocabulary(Protocol):
+    """What the two libraries have in common, as duomo needs it."""
+
+    size: int
+
+    def encode(self, text: str) -> list[int]: ...
+    def piece(self, token_id: int) -> str: ...
+    def find(self, piece: str) -> int | None: ...
+    def specials(self) -> dict[str, int]: ...
+
+
+class Tokenizer:
+    """Ids of plain text, control tokens by name, and the bytes of every id."""
+
+    def __init__(self, vocabulary: _Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._specials = vocabulary.specials()
+        self._special_names = {token_id: name for name, token_id in self._specials.items()}
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Opens a checkpoint's tokenizer; CheckpointError if there is none or it is damaged."""
+        folder = Path(folder)
+        try:
+            if (folder / "tokenizer.json").is_file():
+                return cls(_JsonVocabulary(folder / "tokenizer.json"))
+            if (folder / "tokenizer.model").is_file():
+                return cls(_SentencePieceVocabulary(folder))
+        except Exception as error:  # both libraries raise plain Exceptions and RuntimeErrors
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+        raise CheckpointError(f"no tokenizer in {folder}: expected tokenizer.json or tokenizer.model")
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocabulary.size
+
+    @property
+    def specials(self) -> dict[str, int]:
+        """Control tokens by name."""
+        return dict(self._specials)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_names
+
+    def special_id(self, name: str) -> int:
+        """The id of a control token; TemplateError if this vocabulary has none of that name."""
+        found = self.find_special(name)
+        if found is None:
+            raise TemplateError(f"this tokenizer has no control token {name}", name=name)
+        return found
+
+    def find_special(self, name: str) -> int | None:
+        found = self._specials.get(name)
+        return self._vocabulary.find(name) if found is None else found
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text. No control token comes out, whatever the text spells."""
+        return self._vocabulary.encode(text) if text else []
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes an id stands for; a control token's are those of its name."""
+        if token_id in self._special_names:
+            return self._special_names[token_id].encode()
+        piece = self._vocabulary.piece(token_id)
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(_SPACE, " ").encode()
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of ids. Bytes that form no character become U+FFFD."""
+        kept = (i for i in ids if not (skip_special and i in self._special_names))
+        return b"".join(self.token_bytes(i) for i in kept).decode("utf-8", errors="replace")
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: `</s>`, and `<|end_of_sentence|>` for safety (spec 5.2)."""
+        found = (self.find_special(name) for name in ("</s>", "<|end_of_sentence|>"))
+        return tuple(token_id for token_id in found if token_id is not None)
+
+
+class _JsonVocabulary:
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        # A special token found in a text would be matched by the backend itself, so they are taken out of
+        # the file's `added_tokens` before it is built: the vocabulary keeps the ids, the text keeps its letters.
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        added = fields.get("added_tokens", [])
+        self._specials = {token["content"]: int(token["id"]) for token in added if token.get("special")}
+        plain = {token["content"]: int(token["id"]) for token in added}
+        fields["added_tokens"] = [token for token in added if not token.get("special")]
+        fields["post_processor"] = None
+        self._backend = Backend.from_str(json.dumps(fields))
+        self._pieces = {token_id: piece for piece, token_id in self._backend.get_vocab().items()}
+        self._pieces |= {token_id: piece for piece, token_id in plain.items()}
+        self.size = max(self._pieces) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
+
+    def piece(self, token_id: int) -> str:
+        return self._pieces.get(token_id, "")
+
+    def find(self, piece: str) -> int | None:
+        found = self._backend.token_to_id(piece)
+        return None if found is None else int(found)
+
+    def specials(self) -> dict[str, int]:
+        return self._specials
+
+
+class _SentencePieceVocabulary:
+    def __init__(self, folder: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._backend = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        self._added = _added_tokens(folder)
+        self._added_pieces = {token_id: piece for piece, token_id in self._added.items()}
+        own = self._backend.get_piece_size()
+        self._control = {
+            self._backend.id_to_piece(i): i
+            for i in range(own)
+            if self._backend.is_control(i) or self._backend.is_unknown(i)
+        }
+        self.size = max([own - 1, *self._added_pieces]) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text)  # type: ignore[no-any-return]
+
+    def piece(self, token_id: int) -> str:
+        if token_id in self._added_pieces:
+            return self._added_pieces[token_id]
+        if token_id >= self._backend.get_piece_size():
+            return ""
+        return self._backend.id_to_piece(token_id)  # type: ignore[no-any-return]
+
+    def find(self, piece: str) -> int | None:
+        found = int(self._backend.piece_to_id(piece))
+        return found if self._backend.id_to_piece(found) == piece else None
+
+    def specials(self) -> dict[str, int]:
+        return {**self._control, **self._added}
+
+
+def _added_tokens(folder: Path) -> dict[str, int]:
+    """Tokens that Baidu and transformers keep beside `tokenizer.model`, by name."""
+    found: dict[str, int] = {}
+    if (folder / "added_tokens.json").is_file():
+        found |= json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
+    if (folder / "tokenizer_config.json").is_file():
+        fields = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        for token_id, token in fields.get("added_tokens_decoder", {}).items():
+            found[token["content"]] = int(token_id)
+    return {name: int(token_id) for name, token_id in found.items()}

@@ -1,0 +1,59 @@
+"""`python -m duomo.train`: the embedded model from nothing, or on from where it was stopped."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from duomo.processing.tokenizer import Tokenizer
+from duomo.tasks import dialogue, digits, load_handwriting, shapes
+from duomo.train.recipe import Recipe
+from duomo.train.run import train
+from duomo.train.vocabulary import train_vocabulary
+
+SENTENCES = "hsk_sentences_audio-1.0.0-py3-none-any.whl"  # pip download hsk-sentences-audio
+
+
+def corpus(cache_folder: Path, recipe: Recipe) -> Iterator[str]:
+    """The tasks' own words in both languages, and a little natural text if it is in the cache."""
+    rng = np.random.default_rng([recipe.seed, 77])
+    pool = load_handwriting(cache_folder, "train")
+    for _ in range(3000):
+        examples = (
+            digits.generate(rng, pool, num_turns=2),
+            shapes.generate(rng, "train", num_turns=3),
+            dialogue.generate(rng, "train"),
+        )
+        for turn in (turn for example in examples for turn in example.turns):
+            yield f"User: Picture 1:{turn.question}\nAssistant: {turn.reasoning or ''}\n{turn.answer}"
+    if (cache_folder / SENTENCES).is_file():
+        with zipfile.ZipFile(cache_folder / SENTENCES) as package:
+            for entry in json.loads(package.read("hsk_sentences_audio/data/sentences.json")):
+                yield entry["chinese"]
+                yield entry["translation"]["en"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/tiny"), help="where the run keeps its state"
+    )
+    parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="where fetched packages lie")
+    parser.add_argument("--vision-steps", type=int, help="steps of the dense vision stage")
+    parser.add_argument("--joint-steps", type=int, help="steps of the joint stage")
+    options = parser.parse_args()
+    recipe = Recipe().with_steps(options.vision_steps, options.joint_steps)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if not (options.folder / "tokenizer.json").is_file():
+        train_vocabulary(corpus(options.cache, recipe), options.folder / "tokenizer.json")
+    print(f"{Tokenizer.load(options.folder).vocab_size} ids in the vocabulary", flush=True)
+    train(recipe, options.folder, options.cache, say=lambda line: print(line, flush=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The joint stage: pictures, questions and answers through the whole model.
+
+The loss is cross-entropy on answers alone, plus per layer and modality a load balance and a z-loss on the
+router; the correction bias of each expert is nudged after every step without any loss (spec 3.6).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from duomo.kernels import Routing
+from duomo.model import Ernie
+from duomo.model.experts import Router
+from duomo.tasks import Example, Handwriting, Split, dialogue, digits, shapes
+from duomo.train.batches import BlockCache, TrainingBatch, collate, model_batch, patches_tensor
+from duomo.train.recipe import Recipe
+from duomo.train.render import IGNORE, Renderer
+
+
+def example_batch(
+    rng: np.random.Generator,
+    pool: Handwriting,
+    split: Split,
+    renderer: Renderer,
+    recipe: Recipe,
+    batch_size: int,
+) -> TrainingBatch:
+    """Examples of all families by their shares; pictures of digits on one canvas size a batch."""
+    canvas_px = digits.CANVASES_PX[int(rng.integers(len(digits.CANVASES_PX)))]
+    names, shares = list(recipe.shares), np.array(list(recipe.shares.values()))
+    counts = np.round(shares * batch_size).astype(int)
+    examples: list[Example] = []
+    for name, count in zip(names, counts, strict=True):
+        for _ in range(count):
+            if name == "digits":
+                examples.append(digits.generate(rng, pool, canvas_px))
+            elif name == "shapes":
+                examples.append(shapes.generate(rng, split))
+            else:
+                examples.append(dialogue.generate(rng, split))
+    return collate([renderer.render(example, rng) for example in examples], pad_id=0)
+
+
+@dataclass(slots=True)
+class RouterWatch:
+    """Collects every router's last routing, in forward order."""
+
+    seen: list[tuple[Router, Routing]] = field(default_factory=list)
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def attach(self, model: nn.Module) -> RouterWatch:
+        for module in model.modules():
+            if isinstance(module, Router):
+                self.handles.append(module.register_forward_hook(self._note))
+        return self
+
+    def _note(self, router: nn.Module, inputs: object, routing: Routing) -> None:
+        assert isinstance(router, Router)
+        self.seen.append((router, routing))
+
+    def take(self) -> list[tuple[Router, Routing]]:
+        seen, self.seen = self.seen, []
+        return seen
+
+
+def balance_loss(router: Router, routing: Routing) -> Tensor:
+    """E * sum_e (count_e/S) * mean_s p_e, counts of the un-biased choice (spec 3.6): 1*K when even."""
+    probabilities_TE = routing.logits_TE.softmax(-1)
+    chosen = probabilities_TE.topk(router.num_chosen, dim=-1).indices
+    num_experts = probabilities_TE.shape[-1]
+    counts_E = torch.bincount(chosen.flatten(), minlength=num_experts).float() / chosen.shape[0]
+    return num_experts * (counts_E * probabilities_TE.mean(0)).sum()
+
+
+def router_z_loss(routing: Routing) -> Tensor:
+    """Mean of logsumexp squared: keeps logits small enough for their softmax to stay precise."""
+    return routing.logits_TE.logsumexp(-1).square().mean()
+
+
+@torch.no_grad()
+def update_bias(seen: list[tuple[Router, Routing]], rate: float) -> None:
+    """Raises the bias of experts used less than the mean and lowers that of the others, by one step."""
+    for router, routing in seen:
+        usage_E = torch.bincount(routing.expert_ids_TK.flatten(), minlength=router.bias.numel()).float()
+        router.bias += rate * torch.sign(usage_E.mean() - usage_E)
+
+
+def answer_loss(model: Ernie, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of the supervised tokens, and which of them are predicted rightly."""
+    patches = patches_tensor(batch)
+    features = None if patches is None else model.encode(patches, batch.grids)
+    hidden = model(model_batch(batch, model.config, features), BlockCache(batch.block_BL))
+    labels = torch.from_numpy(batch.labels_BL.reshape(-1))
+    labels = labels[labels != IGNORE]
+    logits = model.unembed(hidden)
+    return F.cross_entropy(logits, labels), logits.argmax(-1) == labels
+
+
+def exact_answers(batch: TrainingBatch, right: Tensor) -> dict[str, list[bool]]:
+    """By kind: was every token of the answer predicted? Teacher-forced, that is greedy decoding's exact match."""
+    labels = batch.labels_BL
+    verdict_BL = np.ones(labels.shape, dtype=bool)
+    verdict_BL[labels != IGNORE] = right.numpy()
+    found: dict[str, list[bool]] = defaultdict(list)
+    for row, kinds in enumerate(batch.kinds):
+        for index, kind in enumerate(kinds, start=1):
+            # A label stands on the token before, which for a block's first token is the block's own.
+            found[kind].append(bool(verdict_BL[row][batch.block_BL[row] == index].all()))
+    return found

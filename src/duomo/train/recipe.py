@@ -1,0 +1,91 @@
+"""Everything that determines a training run: sizes, stages, rates, seeds. Frozen, kept in its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from duomo.model import BankConfig, ModelConfig, SpecialIds, VisionConfig
+from duomo.processing.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A number of steps at one peak rate; `tower_rate` scales it for the vision tower."""
+
+    name: str
+    num_steps: int
+    batch_size: int
+    rate: float
+    tower_rate: float = 1.0
+    warmup_steps: int = 100
+    decay_from: float = 0.5  # share of the steps after which the rate falls linearly to a twentieth
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The embedded model `tiny`: dense vision first, then everything together."""
+
+    name: str = "tiny"
+    seed: int = 20261124
+    stages: tuple[Stage, ...] = (
+        Stage("vision", num_steps=5000, batch_size=32, rate=2e-3, decay_from=0.7),
+        Stage("joint", num_steps=3200, batch_size=32, rate=1.5e-3, tower_rate=0.3),
+    )
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    balance: float = 0.01
+    router_z: float = 1e-4
+    bias_update: float = 1e-3
+    checkpoint_seconds: float = 120.0
+    shares: dict[str, float] = field(default_factory=lambda: {"digits": 0.5, "shapes": 0.35, "text": 0.15})
+
+    def with_steps(self, *steps: int | None) -> Recipe:
+        """Other lengths of the stages, in order; None keeps one."""
+        stages = tuple(
+            stage if count is None else replace(stage, num_steps=count)
+            for stage, count in zip(self.stages, steps, strict=True)
+        )
+        return replace(self, stages=stages)
+
+    def shortened(self, num_steps: int, batch_size: int) -> Recipe:
+        """The same run in a few steps, for tests."""
+        stages = tuple(
+            replace(stage, num_steps=num_steps, batch_size=batch_size, warmup_steps=1)
+            for stage in self.stages
+        )
+        return replace(self, stages=stages)
+
+
+def tiny_config(tokenizer: Tokenizer) -> ModelConfig:
+    """10.8M parameters; widths that suit the 2-bit code (rows in 64s, columns in 16s)."""
+    special = tokenizer.special_id
+    return ModelConfig(
+        name="tiny",
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=192,
+        num_layers=6,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=32,
+        intermediate_size=512,
+        expert_layers=(False, True, True, True, True, True),
+        text_experts=BankConfig(8, 192),
+        vision_experts=BankConfig(8, 64),
+        num_chosen=2,
+        shared_size=192,
+        vision=VisionConfig(num_layers=6, hidden_size=128, intermediate_size=512, num_heads=4),
+        rope_section=(6, 6, 4),
+        max_positions=8192,
+        initializer_range=0.05,
+        ids=SpecialIds(
+            pad=special("<unk>"),
+            bos=special("<s>"),
+            eos=special("</s>"),
+            image_patch=special("<|IMAGE_PLACEHOLDER|>"),
+            video_patch=special("<|IMAGE_PLACEHOLDER|>"),
+            image_start=special("<|IMAGE_START|>"),
+            image_end=special("<|IMAGE_END|>"),
+            video_start=special("<|VIDEO_START|>"),
+            video_end=special("<|VIDEO_END|>"),
+        ),
+    )

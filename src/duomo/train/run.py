@@ -1,0 +1,270 @@
+"""The training run: stages in order, data made ahead by a worker, progress, checkpoints, resumption.
+
+Every batch is a function of (seed, stage, step) and there is no dropout, so model, optimizer and the step
+number are the whole state: a run that was killed goes on to the bit. Time is counted as CPU seconds of the
+run and its worker, since a shared machine makes wall time mean little.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from duomo.model import Ernie
+from duomo.processing.tokenizer import Tokenizer
+from duomo.tasks import Handwriting, Split, load_handwriting
+from duomo.train import joint_stage, vision_stage
+from duomo.train.recipe import Recipe, Stage, tiny_config
+from duomo.train.render import Renderer
+
+DEV_BATCHES = 6
+AHEAD = 4  # batches made ahead of the step that takes them
+
+
+def train(recipe: Recipe, folder: Path, cache_folder: Path, say: Callable[[str], None] = print) -> Ernie:
+    """Runs or resumes the recipe in `folder`, whose `tokenizer.json` must be there. Returns the model."""
+    tokenizer = Tokenizer.load(folder)
+    model = build_model(tokenizer, recipe.seed)
+    head = vision_stage.CellHead(model.config.hidden_size)
+    state = RunState(folder, recipe)
+    for index, stage in enumerate(recipe.stages):
+        if state.stage_index > index:
+            continue
+        optimizer = build_optimizer(model, head, stage, recipe)
+        state.restore(index, model, head, optimizer)
+        _run_stage(stage, recipe, model, head, optimizer, state, folder, cache_folder, say)
+        state.finish_stage(index, model, head)
+    return model
+
+
+def build_model(tokenizer: Tokenizer, seed: int) -> Ernie:
+    """Normals scaled to each matrix's inputs, so that a shallow and narrow model learns at once."""
+    model = Ernie(tiny_config(tokenizer))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name.split(".")[-2]:
+                parameter.fill_(0.3 if name == "resampler.norm.weight" else 1.0)
+            else:
+                scale = 0.08 if name == "embed.weight" else 0.7 / math.sqrt(parameter.shape[-1])
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model
+
+
+def build_optimizer(model: Ernie, head: nn.Module, stage: Stage, recipe: Recipe) -> torch.optim.AdamW:
+    """Groups by rate and decay: matrices decay, gains, biases and embeddings do not."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    named = dict(model.named_parameters())
+    if stage.name == "vision":
+        named = {n: p for n, p in named.items() if n.startswith(("vision_tower.", "resampler."))}
+        named |= {f"head.{n}": p for n, p in head.named_parameters()}
+    for name, parameter in named.items():
+        if not parameter.requires_grad:
+            continue
+        scale = stage.tower_rate if name.startswith(("vision_tower.", "resampler.")) else 1.0
+        decays = parameter.ndim > 1 and name != "embed.weight"
+        groups[scale, recipe.weight_decay if decays else 0.0].append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": params, "rate_scale": scale, "weight_decay": decay}
+            for (scale, decay), params in groups.items()
+        ],
+        lr=stage.rate,
+        betas=(0.9, 0.95),
+    )
+
+
+def rate_at(stage: Stage, step: int) -> float:
+    """Linear warmup, flat, then a linear fall to a twentieth."""
+    warm = min(1.0, (step + 1) / stage.warmup_steps)
+    start = stage.decay_from * stage.num_steps
+    fall = min(1.0, max(0.0, (step - start) / (stage.num_steps - start)))
+    return stage.rate * warm * (1 - 0.95 * fall)
+
+
+def _run_stage(
+    stage: Stage,
+    recipe: Recipe,
+    model: Ernie,
+    head: vision_stage.CellHead,
+    optimizer: torch.optim.AdamW,
+    state: RunState,
+    folder: Path,
+    cache_folder: Path,
+    say: Callable[[str], None],
+) -> None:
+    watch = joint_stage.RouterWatch().attach(model)
+    source = BatchSource(recipe, stage, folder, cache_folder)
+    meter = Meter(stage, state.step)
+    for step, batch in source.batches(state.step):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(stage, step) * group["rate_scale"]
+        if stage.name == "vision":
+            loss, score = vision_stage.cell_loss(model, head, batch)
+        else:
+            loss, right = joint_stage.answer_loss(model, batch)
+            score = float(right.float().mean())
+        seen = watch.take()
+        total: Tensor = loss
+        for router, routing in seen:
+            total = total + recipe.balance * joint_stage.balance_loss(router, routing)
+            total = total + recipe.router_z * joint_stage.router_z_loss(routing)
+        optimizer.zero_grad()
+        total.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip)
+        optimizer.step()
+        joint_stage.update_bias(seen, recipe.bias_update)
+        state.step = step + 1
+        meter.note(float(loss.detach()), score)
+        if state.step % 100 == 0:
+            say(meter.line(state))
+        if state.step % 500 == 0 and stage.name == "joint":
+            say("  dev: " + dev_line(model, recipe, folder, cache_folder))
+            watch.take()
+        state.save_if_due(model, head, optimizer)
+    for handle in watch.handles:
+        handle.remove()
+
+
+@torch.no_grad()
+def dev_line(model: Ernie, recipe: Recipe, folder: Path, cache_folder: Path) -> str:
+    """Exact answers by kind on development data, the same at every call."""
+    renderer = Renderer(Tokenizer.load(folder))
+    pool = load_pool(cache_folder, "dev")
+    found: dict[str, list[bool]] = defaultdict(list)
+    for index in range(DEV_BATCHES):
+        rng = np.random.default_rng([recipe.seed, 999, index])
+        batch = joint_stage.example_batch(rng, pool, "dev", renderer, recipe, 64)
+        _, right = joint_stage.answer_loss(model, batch)
+        for kind, verdicts in joint_stage.exact_answers(batch, right).items():
+            found[kind] += verdicts
+    return ", ".join(f"{kind} {100 * np.mean(v):.0f}" for kind, v in sorted(found.items()))
+
+
+class Meter:
+    """Means since the last line, and the time left at the pace so far."""
+
+    def __init__(self, stage: Stage, first_step: int) -> None:
+        self.stage, self.first_step, self.started = stage, first_step, time.monotonic()
+        self.losses: list[float] = []
+        self.scores: list[float] = []
+
+    def note(self, loss: float, score: float) -> None:
+        self.losses.append(loss)
+        self.scores.append(score)
+
+    def line(self, state: RunState) -> str:
+        pace = (time.monotonic() - self.started) / (state.step - self.first_step)
+        left = pace * (self.stage.num_steps - state.step) / 60
+        loss, score = np.mean(self.losses), np.mean(self.scores)
+        self.losses, self.scores = [], []
+        return (
+            f"{self.stage.name} {state.step}/{self.stage.num_steps} loss {loss:.3f} right {100 * score:.1f} % "
+            f"{self.stage.batch_size / pace:.0f} pictures/s, CPU {state.cpu_minutes():.1f} min, {left:.0f} min left"
+        )
+
+
+class RunState:
+    """What a resumed run needs, in one file that is replaced atomically."""
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self.path, self.recipe = folder / "state.pt", recipe
+        self.stage_index, self.step, self.spent_seconds = 0, 0, 0.0
+        self.saved_at = time.monotonic()
+        self._loaded: dict[str, Any] | None = None
+        if self.path.is_file():
+            self._loaded = torch.load(self.path, weights_only=True)
+            self.stage_index, self.step = self._loaded["stage_index"], self._loaded["step"]
+            self.spent_seconds = self._loaded["cpu_seconds"]
+
+    def restore(
+        self, stage_index: int, model: Ernie, head: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self._loaded is None:
+            return
+        model.load_state_dict(self._loaded["model"])
+        head.load_state_dict(self._loaded["head"])
+        if self._loaded["optimizer"] is not None and stage_index == self.stage_index:
+            optimizer.load_state_dict(self._loaded["optimizer"])
+        self._loaded = None
+
+    def cpu_minutes(self) -> float:
+        own, workers = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        used = own.ru_utime + own.ru_stime + workers.ru_utime + workers.ru_stime
+        return (self.spent_seconds + used) / 60
+
+    def save_if_due(self, model: Ernie, head: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if time.monotonic() - self.saved_at >= self.recipe.checkpoint_seconds:
+            self._save(model, head, optimizer.state_dict())
+
+    def finish_stage(self, stage_index: int, model: Ernie, head: nn.Module) -> None:
+        self.stage_index, self.step = stage_index + 1, 0
+        self._save(model, head, None)
+
+    def _save(self, model: Ernie, head: nn.Module, optimizer: dict[str, Any] | None) -> None:
+        fields = {
+            "stage_index": self.stage_index,
+            "step": self.step,
+            "cpu_seconds": self.cpu_minutes() * 60,
+            "model": model.state_dict(),
+            "head": head.state_dict(),
+            "optimizer": optimizer,
+            "recipe": json.dumps(asdict(self.recipe)),
+        }
+        partial = self.path.with_suffix(".partial")
+        torch.save(fields, partial)
+        os.replace(partial, self.path)
+        self.saved_at = time.monotonic()
+
+
+class BatchSource:
+    """Batches of a stage, made ahead in one other process."""
+
+    def __init__(self, recipe: Recipe, stage: Stage, folder: Path, cache_folder: Path) -> None:
+        self.recipe, self.stage, self.folder, self.cache_folder = recipe, stage, folder, cache_folder
+
+    def batches(self, first_step: int) -> Iterator[tuple[int, Any]]:
+        arguments = (self.recipe, self.stage, str(self.folder), str(self.cache_folder))
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as worker:
+            pending: list[Future[Any]] = []
+            for step in range(first_step, self.stage.num_steps):
+                while len(pending) < AHEAD and step + len(pending) < self.stage.num_steps:
+                    pending.append(worker.submit(make_batch, *arguments, step + len(pending)))
+                yield step, pending.pop(0).result()
+
+
+def make_batch(recipe: Recipe, stage: Stage, folder: str, cache_folder: str, step: int) -> Any:
+    """The batch of one step: the same whenever and wherever it is made."""
+    rng = np.random.default_rng([recipe.seed, recipe.stages.index(stage), step])
+    pool = load_pool(Path(cache_folder), "train")
+    if stage.name == "vision":
+        return vision_stage.cell_batch(rng, pool, stage.batch_size, step / stage.num_steps)
+    renderer = _renderer(folder)
+    return joint_stage.example_batch(rng, pool, "train", renderer, recipe, stage.batch_size)
+
+
+@cache
+def load_pool(cache_folder: Path, split: Split) -> Handwriting:
+    return load_handwriting(cache_folder, split)
+
+
+@cache
+def _renderer(folder: str) -> Renderer:
+    return Renderer(Tokenizer.load(folder))
