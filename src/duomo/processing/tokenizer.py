@@ -8,7 +8,7 @@ embedded model has ERNIE's names in a vocabulary of 4,096.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,8 +103,8 @@ class _JsonVocabulary:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as Backend
 
-        # A special token found in a text would be matched by the backend itself, so they are taken out of
-        # the file's `added_tokens` before it is built: the vocabulary keeps the ids, the text keeps its letters.
+        # A control token found in a text would be matched by the backend itself, so they are taken out of
+        # the file's `added_tokens` before it is built: the vocabulary keeps the ids, texts their letters.
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         added = fields.get("added_tokens", [])
         self._specials = {token["content"]: int(token["id"]) for token in added if token.get("special")}
@@ -117,7 +117,7 @@ class _JsonVocabulary:
         self.size = max(self._pieces) + 1
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
+        return self._backend.encode(text, add_special_tokens=False).ids
 
     def piece(self, token_id: int) -> str:
         return self._pieces.get(token_id, "")
@@ -153,7 +153,7 @@ class _SentencePieceVocabulary:
             return self._added_pieces[token_id]
         if token_id >= self._backend.get_piece_size():
             return ""
-        return self._backend.id_to_piece(token_id)  # type: ignore[no-any-return]
+        return self._backend.id_to_piece(token_id)
 
     def find(self, piece: str) -> int | None:
         found = int(self._backend.piece_to_id(piece))

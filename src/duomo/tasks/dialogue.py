@@ -5,6 +5,7 @@ The last matters most: a model that has only ever seen pictures invents one when
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -46,7 +47,7 @@ def generate(rng: np.random.Generator, split: Split) -> Example:
     if choice < 0.45:
         return _sum(rng, split, language)
     if choice < 0.75:
-        questions: list[dict[str, tuple[str, ...]]] = [
+        questions: list[Mapping[str, tuple[str, ...]]] = [
             digits.READ,
             digits.ADD,
             shapes.NAME,
@@ -56,8 +57,8 @@ def generate(rng: np.random.Generator, split: Split) -> Example:
         ]
         asked = pick(rng, questions[int(rng.integers(len(questions)))][language])
         return Example((Turn(asked, NO_PICTURE[language], kind="text/no picture"),), "no picture")
-    asked, answer = (GREETINGS, WHO, THANKS)[int(rng.choice(3, p=(0.4, 0.45, 0.15)))][language]
-    return Example((Turn(pick(rng, asked), answer, kind="text/talk"),), "talk")
+    phrases, answer = (GREETINGS, WHO, THANKS)[int(rng.choice(3, p=(0.4, 0.45, 0.15)))][language]
+    return Example((Turn(pick(rng, phrases), answer, kind="text/talk"),), "talk")
 
 
 def _sum(rng: np.random.Generator, split: Split, language: Language) -> Example:

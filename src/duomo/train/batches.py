@@ -17,19 +17,19 @@ from duomo.model import Batch, ModelConfig, token_routes
 from duomo.model.positions import build_positions
 from duomo.processing.patches import normalize
 from duomo.processing.prompt import Grid, MediaSpan
-from duomo.train.render import IGNORE, Sample
+from duomo.train.render import IGNORE, Array, Sample
 
 
 @dataclass(slots=True)
 class TrainingBatch:
     """B rows of L tokens, flattened to T = B*L in the arrays that the model sees."""
 
-    ids_BL: np.ndarray  # type: ignore[type-arg]
-    labels_BL: np.ndarray  # type: ignore[type-arg]
-    block_BL: np.ndarray  # type: ignore[type-arg]  # -1 in the padding
-    positions_3T: np.ndarray  # type: ignore[type-arg]
-    feature_rows: np.ndarray  # type: ignore[type-arg]
-    patches_PX: np.ndarray | None  # type: ignore[type-arg]  # uint8
+    ids_BL: Array
+    labels_BL: Array
+    block_BL: Array  # -1 in the padding
+    positions_3T: Array
+    feature_rows: Array
+    patches_PX: Array | None  # uint8
     grids: list[Grid]
     kinds: list[list[str]]
 
@@ -60,7 +60,7 @@ def collate(samples: list[Sample], pad_id: int) -> TrainingBatch:
     )
 
 
-def _positions(sample: Sample) -> np.ndarray:  # type: ignore[type-arg]
+def _positions(sample: Sample) -> Array:
     """The prefix by Baidu's rule; every block goes on where the prefix ends."""
     block = np.array(sample.block)
     prefix = int((block == 0).sum())
@@ -95,7 +95,7 @@ def patches_tensor(batch: TrainingBatch) -> Tensor | None:
 class BlockCache:
     """Causal attention in which a block sees the prefix and itself. Keeps nothing."""
 
-    def __init__(self, block_BL: np.ndarray) -> None:  # type: ignore[type-arg]
+    def __init__(self, block_BL: Array) -> None:
         block = torch.from_numpy(block_BL)
         self.shape = tuple(block.shape)
         query, key = block[:, :, None], block[:, None, :]

@@ -76,7 +76,7 @@ def balance_loss(router: Router, routing: Routing) -> Tensor:
     chosen = probabilities_TE.topk(router.num_chosen, dim=-1).indices
     num_experts = probabilities_TE.shape[-1]
     counts_E = torch.bincount(chosen.flatten(), minlength=num_experts).float() / chosen.shape[0]
-    return num_experts * (counts_E * probabilities_TE.mean(0)).sum()
+    return (counts_E * probabilities_TE.mean(0)).sum() * num_experts
 
 
 def router_z_loss(routing: Routing) -> Tensor:
@@ -89,7 +89,7 @@ def update_bias(seen: list[tuple[Router, Routing]], rate: float) -> None:
     """Raises the bias of experts used less than the mean and lowers that of the others, by one step."""
     for router, routing in seen:
         usage_E = torch.bincount(routing.expert_ids_TK.flatten(), minlength=router.bias.numel()).float()
-        router.bias += rate * torch.sign(usage_E.mean() - usage_E)
+        router.bias.add_(torch.sign(usage_E.mean() - usage_E), alpha=rate)
 
 
 def answer_loss(model: Ernie, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ def answer_loss(model: Ernie, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
 
 
 def exact_answers(batch: TrainingBatch, right: Tensor) -> dict[str, list[bool]]:
-    """By kind: was every token of the answer predicted? Teacher-forced, that is greedy decoding's exact match."""
+    """By kind: was every token predicted? Teacher-forced, that is the exact match of greedy decoding."""
     labels = batch.labels_BL
     verdict_BL = np.ones(labels.shape, dtype=bool)
     verdict_BL[labels != IGNORE] = right.numpy()

@@ -8,8 +8,10 @@ compares the logits), at a fraction of the cost of encoding the picture again.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from duomo.processing.patches import patchify
 from duomo.processing.prompt import Grid
@@ -17,6 +19,7 @@ from duomo.processing.tokenizer import Tokenizer
 from duomo.tasks.scene import Example, Turn
 
 IGNORE = -100
+Array: TypeAlias = npt.NDArray[Any]
 
 
 @dataclass(slots=True)
@@ -29,7 +32,7 @@ class Sample:
     kinds: list[str] = field(default_factory=list)  # of each block, from 1
     media_start: int = -1
     grid: Grid | None = None
-    patches: np.ndarray | None = None  # type: ignore[type-arg]  # uint8 [P, 588]
+    patches: Array | None = None  # uint8 [P, 588]
 
 
 class Renderer:

@@ -127,7 +127,7 @@ def _run_stage(
             total = total + recipe.balance * joint_stage.balance_loss(router, routing)
             total = total + recipe.router_z * joint_stage.router_z_loss(routing)
         optimizer.zero_grad()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip)
         optimizer.step()
         joint_stage.update_bias(seen, recipe.bias_update)
@@ -176,8 +176,9 @@ class Meter:
         loss, score = np.mean(self.losses), np.mean(self.scores)
         self.losses, self.scores = [], []
         return (
-            f"{self.stage.name} {state.step}/{self.stage.num_steps} loss {loss:.3f} right {100 * score:.1f} % "
-            f"{self.stage.batch_size / pace:.0f} pictures/s, CPU {state.cpu_minutes():.1f} min, {left:.0f} min left"
+            f"{self.stage.name} {state.step}/{self.stage.num_steps} loss {loss:.3f} right {100 * score:.1f} %"
+            f" {self.stage.batch_size / pace:.0f} pictures/s, CPU {state.cpu_minutes():.1f} min,"
+            f" {left:.0f} min left"
         )
 
 
