@@ -1,4 +1,4 @@
-"""FORMAT.md tells the truth: its decoder, retyped from the page, and its worked example, against the library."""
+"""FORMAT.md tells the truth: its decoder, retyped from the page, and its worked example."""
 
 import re
 from pathlib import Path
