@@ -33,6 +33,7 @@ from duomo.train.recipe import Recipe, Stage, tiny_config
 from duomo.train.render import Renderer
 
 DEV_BATCHES = 6
+HEAD_SEED = 67280421310721  # what torch starts from when nobody seeds it
 AHEAD = 4  # batches made ahead of the step that takes them
 
 
@@ -40,7 +41,7 @@ def train(recipe: Recipe, folder: Path, cache_folder: Path, say: Callable[[str],
     """Runs or resumes the recipe in `folder`, whose `tokenizer.json` must be there. Returns the model."""
     tokenizer = Tokenizer.load(folder)
     model = build_model(tokenizer, recipe.seed)
-    head = vision_stage.CellHead(model.config.hidden_size)
+    head = build_head(model)
     state = RunState(folder, recipe)
     for index, stage in enumerate(recipe.stages):
         if state.stage_index > index:
@@ -66,6 +67,13 @@ def build_model(tokenizer: Tokenizer, seed: int) -> Ernie:
                 scale = 0.08 if name == "embed.weight" else 0.7 / math.sqrt(parameter.shape[-1])
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return model
+
+
+def build_head(model: Ernie) -> vision_stage.CellHead:
+    """The throw-away head, from torch's own first seed: the same in every process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(HEAD_SEED)
+        return vision_stage.CellHead(model.config.hidden_size)
 
 
 def build_optimizer(model: Ernie, head: nn.Module, stage: Stage, recipe: Recipe) -> torch.optim.AdamW:

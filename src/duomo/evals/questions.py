@@ -1,0 +1,119 @@
+"""The frozen held-out questions: drawn from seeds, from the test split alone, and known by their hash.
+
+Handwriting comes from samples that no training picture shows, scenes and sums from the test side of the
+split. Each kind of question has its own count; the hash covers scenes, questions and answers in order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+
+from duomo.processing.patches import patchify
+from duomo.processing.prompt import Media, MediaSpan, Prompt
+from duomo.processing.tokenizer import Tokenizer
+from duomo.tasks import Example, Handwriting, Turn, dialogue, digits, shapes
+from duomo.tasks.scene import Pixels
+
+SEED = 451
+NUM_READ = 900
+NUM_OTHER = 300
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Question:
+    """One turn behind one picture, or behind none."""
+
+    kind: str
+    question: str
+    answer: str
+    thinking: bool
+    scene: str
+    picture: Pixels | None = None
+
+    def blinded(self) -> Question:
+        """The same question about a grey picture of the same size."""
+        if self.picture is None:
+            return self
+        grey = np.full_like(self.picture, 128)
+        return Question(self.kind, self.question, self.answer, self.thinking, self.scene, grey)
+
+
+def frozen_questions(
+    pool: Handwriting, num_read: int = NUM_READ, num_other: int = NUM_OTHER
+) -> list[Question]:
+    """The questions, the same at every call. `pool` is the test split's handwriting."""
+    counts: Counter[str] = Counter()
+    found = []
+    for example in _examples(pool, num_read, num_other):
+        for turn in example.turns:
+            limit = num_read if turn.kind == "digits/read" else num_other
+            if counts[turn.kind] < limit:
+                counts[turn.kind] += 1
+                found.append(_question(example, turn))
+    return found
+
+
+def _examples(pool: Handwriting, num_read: int, num_other: int) -> Iterator[Example]:
+    rng = np.random.default_rng([SEED, 0])
+    for _ in range(num_read):
+        example = digits.generate(rng, pool)
+        reads = [turn for turn in example.turns if turn.kind == "digits/read"][:1]
+        others = [turn for turn in example.turns if turn.kind != "digits/read"]
+        yield Example((*reads, *others), example.scene, example.picture)
+    rng = np.random.default_rng([SEED, 1])
+    for _ in range(4 * num_other):
+        yield shapes.generate(rng, "test", num_turns=2)
+    rng = np.random.default_rng([SEED, 2])
+    for _ in range(8 * num_other):
+        yield dialogue.generate(rng, "test")
+
+
+def _question(example: Example, turn: Turn) -> Question:
+    thinks = turn.reasoning is not None
+    return Question(turn.kind, turn.question, turn.answer, thinks, example.scene, example.picture)
+
+
+def hash_of(questions: list[Question]) -> str:
+    """blake2b of scenes, questions and answers: says that two people asked the same things."""
+    digest = blake2b(digest_size=16)
+    for question in questions:
+        line = (question.kind, question.scene, question.question, question.answer, str(question.thinking))
+        digest.update("\x1f".join(line).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def prompt_of(question: Question, tokenizer: Tokenizer) -> Prompt:
+    """The prompt of a single user turn in the words of the chat template (spec 5.2)."""
+    special = tokenizer.special_id
+    text = question.question + "\nAssistant: "
+    if question.picture is None:
+        ids = [special("<|begin_of_sentence|>"), *tokenizer.encode("User: " + text)]
+        return Prompt(ids + _ending(question.thinking, tokenizer))
+    patches, grid = patchify(question.picture)
+    head = [
+        special("<|begin_of_sentence|>"),
+        *tokenizer.encode("User: Picture 1:"),
+        special("<|IMAGE_START|>"),
+    ]
+    ids = [
+        *head,
+        *[special("<|IMAGE_PLACEHOLDER|>")] * grid.num_tokens,
+        special("<|IMAGE_END|>"),
+        *tokenizer.encode(text),
+        *_ending(question.thinking, tokenizer),
+    ]
+    media = Media("image", patches, grid, blake2b(patches.tobytes(), digest_size=16).digest())
+    return Prompt(ids, (media,), (MediaSpan(len(head), grid),))
+
+
+def _ending(thinking: bool, tokenizer: Tokenizer) -> list[int]:
+    opening = [tokenizer.special_id("<think>")]
+    if thinking:
+        return opening
+    blank = tokenizer.encode("\n\n")
+    return [*opening, *blank, tokenizer.special_id("</think>"), *blank]
