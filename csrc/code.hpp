@@ -1,0 +1,30 @@
+// A trellis code as the kernels see it: matrices over GF(2), and the codebook as bytes.
+//
+// The algebra. A weight's codebook index is the XOR of the columns of the set bits of its window: a linear map over
+// GF(2). The window at phase p of a byte (which holds 8/B symbols, the earlier in the higher bits) covers part of that
+// byte and of the one or two bytes before it in the same stream, so
+//
+//     index(p) = M[p][0] * byte  ^  M[p][1] * byte[-1]  ^  M[p][2] * byte[-2]
+//
+// with 8x8 bit matrices, which is what `gf2p8affineqb` multiplies by, and what two 16-entry tables (one a nibble)
+// multiply by where there is no GFNI. B = 2 or 4 and windows of at most 16 bits never reach a fourth byte.
+// Nothing is fed back: any row of any block can be decoded knowing only the bytes before it.
+#pragma once
+
+#include <cstdint>
+
+namespace duomo {
+
+struct TrellisCode {
+    int bits;                 // B, new bits a weight
+    int phases;               // symbols of a byte, 8 / B
+    int reach2;               // phases 0 .. reach2-1 have a non-zero M[p][2]
+    uint64_t matrix[4][3];    // [phase][age of the byte], in the operand order of gf2p8affineqb
+    uint8_t nibble[4][3][2][16];  // the same maps as tables: [phase][age][low, high nibble]
+    uint8_t level[128];       // codebook value + 64 of each index, 1..127: unsigned, and vpmaddubsw cannot saturate
+};
+
+// Columns: `window` integers below `num_levels`, newest bit first; codebook in [-63, 63]. Throws on anything else.
+TrellisCode make_code(int bits, int window, const uint8_t* columns, int num_levels, const int8_t* codebook);
+
+}  // namespace duomo

@@ -1,0 +1,15 @@
+// duomo._native: the one Python module. Each room of csrc binds its own functions.
+#include <nanobind/nanobind.h>
+
+void bind_kernels(nanobind::module_& m);
+#ifdef DUOMO_HAS_TRELLIS
+void bind_trellis(nanobind::module_& m);
+#endif
+
+NB_MODULE(_native, m) {
+    m.doc() = "duomo's native kernels: plain C++ over raw pointers";
+    bind_kernels(m);
+#ifdef DUOMO_HAS_TRELLIS
+    bind_trellis(m);
+#endif
+}

@@ -1,0 +1,100 @@
+// Matrices whose weights stay packed while they are multiplied: trellis codes of 2 and 4 bits, and int8 rows.
+//
+//     y[t, n] = multiplier[n] * sum over blocks b of  scale[t, b] * sum over k in b of  level[n, k] * q[t, k]
+//
+// q and scale are the rotated int8 activations of rotate.hpp. The inner sum is an integer and the same in every
+// instruction set: |level| <= 63 (127 for int8), |q| <= 127 and a block has at most 128 inputs, so it stays below
+// 2.1 million and an int32 has a thousandfold of room. The outer sum runs over b in rising order, a multiplication
+// and an addition at a time, without contraction: so the floats, too, are the same bits everywhere.
+//
+// Two ways through a matrix. `accumulate` decodes and multiplies in registers: for one token, where reading the codes
+// is the work. `decode_panel` writes 64 rows as bytes into the first- or second-level cache, `multiply_panel` reuses
+// them over all tokens. A panel is [K/4][64 rows][4 inputs]: dwords in the operand order of vpdpbusd and sdot.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "code.hpp"
+
+namespace duomo {
+
+constexpr int kPanelRows = 64;
+constexpr int kBlockInputs = 16;  // inputs of a column block of the packed layout
+
+// One trellis-coded matrix in the layout of FORMAT.md. Pointers are borrowed.
+struct TrellisMatrix {
+    const TrellisCode* code;
+    const uint8_t* codes;
+    const uint16_t* row_scale;  // IEEE half
+    float unit;                 // multiplier[n] = row_scale[n] * unit
+    int64_t rows, columns;
+    int chain;   // column blocks a stream runs through
+    int block;   // inputs that share an activation scale: 16 to 128
+};
+
+struct Int8Matrix {
+    const int8_t* codes;        // [rows][columns], in [-127, 127]
+    const uint16_t* row_scale;  // IEEE half
+    int64_t rows, columns;
+    int block;
+};
+
+// Rotated int8 activations of T tokens. Rows of q are `columns` long, of scale and sum `columns / block`.
+struct Activations {
+    const int8_t* q;
+    const float* scale;
+    const int32_t* sum;  // of q over a block
+    int64_t tokens;
+};
+
+// The bytes before the first tile of a column block, for each of its 4 groups: one and two bytes back.
+struct Start {
+    const uint8_t* back1[4];
+    const uint8_t* back2[4];
+};
+
+// What an instruction set must provide. `tiles` are steps of 16 * phases rows; `line` points at the first one's
+// 256 bytes, which are [group][16 rows][4 inputs]; column blocks are `stride` bytes apart. A panel byte is
+// level + offset.
+struct PackedKernels {
+    int trellis_offset;  // 64 where the multiplier wants unsigned weights, else 0
+    int int8_offset;     // 128 or 0
+    // acc[tile][phase][16 rows] += sum of (level + trellis_offset) * x over the 16 * blocks inputs x.
+    void (*accumulate)(const TrellisCode&, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
+                       int64_t tiles, const int8_t* x, int32_t* acc);
+    // One tile's 16 inputs as bytes: panel[group * 256 + 64 * phase], panel rows 16 * phases.
+    void (*decode_tile)(const TrellisCode&, const uint8_t* line, const Start&, uint8_t* panel);
+    // 64 rows of int8 (those past `rows` are zero), `columns` of them, as a panel.
+    void (*pack_int8)(const int8_t* codes, int64_t stride, int64_t rows, int64_t columns, uint8_t* panel);
+    // acc[t][64] = sum over `inputs` of (panel byte - offset) * q, for tokens whose q rows are `stride` apart; `start`
+    // is what a token's accumulators begin with: -offset * its block sum.
+    void (*multiply_panel)(const uint8_t* panel, int is_int8, int64_t inputs, const int8_t* q, int64_t stride,
+                           const int32_t* start, int64_t tokens, int32_t* acc);
+    // sums[row] = sum over `inputs` of codes * q, for 16 rows `stride` apart.
+    void (*dot_rows)(const int8_t* codes, int64_t stride, int64_t inputs, const int8_t* q, int32_t* sums);
+    // out[i] += scale * float(acc[i]) for `count` (a multiple of 16) values.
+    void (*flush)(const int32_t* acc, float scale, int64_t count, float* out);
+};
+
+const PackedKernels& packed_kernels();  // of current_isa()
+extern const PackedKernels packed_portable;
+extern const PackedKernels* const packed_avx2;    // null where the file was not built for this processor family
+extern const PackedKernels* const packed_avx512;
+extern const PackedKernels* const packed_neon;
+
+float half_to_float(uint16_t half);
+
+// Where the streams of column block `block` stand before tile `tile`.
+Start start_of(const TrellisMatrix&, int64_t column_block, int64_t tile);
+
+// Rows [first, first + count) of y for every token: y[t * y_stride + n - first]. `first` is a multiple of 64, and so
+// is `count` unless it reaches the last row. These are the items that a thread takes; scratch is thread_local.
+void linear_rows(const TrellisMatrix&, const Activations&, int64_t first, int64_t count, float* y, int64_t y_stride);
+void linear_rows(const Int8Matrix&, const Activations&, int64_t first, int64_t count, float* y, int64_t y_stride);
+
+// The whole product y[T][rows], on the pool.
+void linear(const TrellisMatrix&, const Activations&, float* y);
+void linear(const Int8Matrix&, const Activations&, float* y);
+
+}  // namespace duomo

@@ -1,0 +1,284 @@
+// AVX-512 with GFNI, VBMI and VNNI.
+//
+// 64 bytes of one group hold 16 rows x 4 inputs x 4 phases of 2-bit symbols (2 phases of 4-bit ones). One
+// `gf2p8affineqb` maps 64 bytes to 64 hash bytes, `vpermb` looks all 64 up in the codebook register, `vpdpbusd`
+// multiplies them by four inputs broadcast to all rows.
+//
+// The trick that saves an affine: phase p needs p+1 symbols of this byte and only L/B - p - 5 (2 bits; L/B - p - 3 at
+// 4 bits) of the byte two back, at most a byte's worth together, and the first lie in its high bits, the second in its
+// low bits. One `vpternlog` merges the two bytes under a mask, and one matrix, the sum of both, maps the merged byte.
+// So every phase costs two affines, whatever the window: 8 affines, 4 lookups, 4 products and about 8 cheap logic
+// operations for 256 weights. Affines and lookups share two ports: 6 cycles at best on Zen 5.
+#include "packed.hpp"
+
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__GFNI__)
+#include <immintrin.h>
+
+#include <cstring>
+
+namespace {
+
+using namespace duomo;
+
+__m512i load(const void* p) { return _mm512_loadu_si512(p); }
+
+template <int phases>
+struct Decoder {
+    __m512i near_u8[phases], before_u8[phases], merge_u8[phases];
+    __m512i levels_low, levels_high;
+
+    explicit Decoder(const TrellisCode& code) {
+        for (int p = 0; p < phases; ++p) {
+            near_u8[p] = _mm512_set1_epi64(int64_t(code.matrix[p][0] | code.matrix[p][2]));
+            before_u8[p] = _mm512_set1_epi64(int64_t(code.matrix[p][1]));
+            // The symbols of this byte that phase p sees: its p+1 highest.
+            merge_u8[p] = _mm512_set1_epi8(char(0xFF << (8 - (p + 1) * code.bits)));
+        }
+        levels_low = load(code.level);
+        levels_high = load(code.level + 64);
+    }
+
+    // Levels + 64 of phase p, from a byte and the two before it. reach2: phases that see the byte two back.
+    template <int p, int reach2, bool is_wide>
+    __m512i decode(__m512i now, __m512i back1, __m512i back2) const {
+        // now where the mask is set, else back2
+        const __m512i seen = p < reach2 ? _mm512_ternarylogic_epi64(merge_u8[p], now, back2, 0xCA) : now;
+        const __m512i index = _mm512_xor_si512(_mm512_gf2p8affine_epi64_epi8(seen, near_u8[p], 0),
+                                               _mm512_gf2p8affine_epi64_epi8(back1, before_u8[p], 0));
+        return is_wide ? _mm512_permutex2var_epi8(levels_low, index, levels_high)
+                       : _mm512_permutexvar_epi8(index, levels_low);
+    }
+};
+
+// The tiles of one column block: back1 and back2 of its four groups stay in registers all the way down.
+template <int phases, int reach2, bool is_wide>
+void accumulate_block(const Decoder<phases>& decoder, const uint8_t* line, int64_t stride, const Start& start,
+                      int64_t tiles, const int8_t* x, int32_t* acc) {
+    __m512i back1[4], back2[4], x_i8x4[4];
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) {
+        back1[g] = load(start.back1[g]);
+        back2[g] = load(start.back2[g]);
+        int32_t four;
+        std::memcpy(&four, x + 4 * g, 4);
+        x_i8x4[g] = _mm512_set1_epi32(four);
+    }
+    for (int64_t tile = 0; tile < tiles; ++tile, line += 256, acc += 16 * phases) {
+        __m512i sum0 = load(acc), sum1 = load(acc + 16);
+        __m512i sum2 = phases == 4 ? load(acc + 32) : sum0, sum3 = phases == 4 ? load(acc + 48) : sum0;
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; ++g) {
+            // The next column block's line, which the hardware does not guess across the jump of `stride` bytes.
+            _mm_prefetch(reinterpret_cast<const char*>(line + stride + 64 * g), _MM_HINT_T0);
+            const __m512i now = load(line + 64 * g);
+            sum0 = _mm512_dpbusd_epi32(
+                sum0, decoder.template decode<0, reach2, is_wide>(now, back1[g], back2[g]), x_i8x4[g]);
+            sum1 = _mm512_dpbusd_epi32(
+                sum1, decoder.template decode<1, reach2, is_wide>(now, back1[g], back2[g]), x_i8x4[g]);
+            if constexpr (phases == 4) {
+                sum2 = _mm512_dpbusd_epi32(
+                    sum2, decoder.template decode<2, reach2, is_wide>(now, back1[g], back2[g]), x_i8x4[g]);
+                sum3 = _mm512_dpbusd_epi32(
+                    sum3, decoder.template decode<3, reach2, is_wide>(now, back1[g], back2[g]), x_i8x4[g]);
+            }
+            if constexpr (reach2 > 0) back2[g] = back1[g];
+            back1[g] = now;
+        }
+        _mm512_storeu_si512(acc, sum0);
+        _mm512_storeu_si512(acc + 16, sum1);
+        if constexpr (phases == 4) {
+            _mm512_storeu_si512(acc + 32, sum2);
+            _mm512_storeu_si512(acc + 48, sum3);
+        }
+    }
+}
+
+template <int phases, int reach2, bool is_wide>
+void accumulate_as(const TrellisCode& code, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
+                   int64_t tiles, const int8_t* x, int32_t* acc) {
+    const Decoder<phases> decoder(code);
+    for (int64_t block = 0; block < blocks; ++block)
+        accumulate_block<phases, reach2, is_wide>(decoder, line + block * stride, stride, starts[block], tiles,
+                                                  x + 16 * block, acc);
+}
+
+template <int phases, int reach2, bool is_wide>
+void decode_tile_as(const TrellisCode& code, const uint8_t* line, const Start& start, uint8_t* panel) {
+    const Decoder<phases> decoder(code);
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) {
+        const __m512i now = load(line + 64 * g), back1 = load(start.back1[g]), back2 = load(start.back2[g]);
+        uint8_t* out = panel + 256 * g;
+        _mm512_storeu_si512(out, decoder.template decode<0, reach2, is_wide>(now, back1, back2));
+        _mm512_storeu_si512(out + 64, decoder.template decode<1, reach2, is_wide>(now, back1, back2));
+        if constexpr (phases == 4) {
+            _mm512_storeu_si512(out + 128, decoder.template decode<2, reach2, is_wide>(now, back1, back2));
+            _mm512_storeu_si512(out + 192, decoder.template decode<3, reach2, is_wide>(now, back1, back2));
+        }
+    }
+}
+
+using Accumulate = decltype(PackedKernels::accumulate);
+using DecodeTile = decltype(PackedKernels::decode_tile);
+
+struct Variant {
+    Accumulate accumulate;
+    DecodeTile decode_tile;
+};
+
+template <int phases, int reach2, bool is_wide>
+constexpr Variant variant = {accumulate_as<phases, reach2, is_wide>, decode_tile_as<phases, reach2, is_wide>};
+
+const Variant& choose(const TrellisCode& code) {
+    // [bits == 4][is_wide][reach2]
+    static constexpr Variant variants[2][2][4] = {
+        {{variant<4, 0, false>, variant<4, 1, false>, variant<4, 2, false>, variant<4, 3, false>},
+         {variant<4, 0, true>, variant<4, 1, true>, variant<4, 2, true>, variant<4, 3, true>}},
+        {{variant<2, 0, false>, variant<2, 1, false>, variant<2, 1, false>, variant<2, 1, false>},
+         {variant<2, 0, true>, variant<2, 1, true>, variant<2, 1, true>, variant<2, 1, true>}}};
+    const bool is_wide = std::memcmp(code.level, code.level + 64, 64) != 0;
+    return variants[code.bits == 4][is_wide][code.reach2];
+}
+
+void accumulate(const TrellisCode& code, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
+                int64_t tiles, const int8_t* x, int32_t* acc) {
+    choose(code).accumulate(code, line, stride, starts, blocks, tiles, x, acc);
+}
+
+void decode_tile(const TrellisCode& code, const uint8_t* line, const Start& start, uint8_t* panel) {
+    choose(code).decode_tile(code, line, start, panel);
+}
+
+// Transposes 16 x 16 dwords: rows of memory in, columns out.
+void transpose16(__m512i (&r)[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
+    }
+    for (int i = 0; i < 8; ++i) {
+        const int low = i < 4 ? i : i;  // t[0..3] hold columns 0-3 and 8-11, t[4..7] columns 4-7 and 12-15
+        r[low] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[low + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
+    }
+}
+
+// Weights become unsigned by a flip of the sign bit, which adds 128: vpdpbusd wants unsigned times signed.
+void pack_int8(const int8_t* codes, int64_t stride, int64_t rows, int64_t columns, uint8_t* panel) {
+    const __m512i flip = _mm512_set1_epi8(char(0x80));
+    for (int64_t k = 0; k < columns; k += 64) {
+        const int64_t dwords = columns - k < 64 ? (columns - k) / 4 : 16;
+        const __mmask16 mask = __mmask16((1u << dwords) - 1);
+        for (int64_t first = 0; first < kPanelRows; first += 16) {
+            __m512i row[16];
+            for (int64_t i = 0; i < 16; ++i)
+                row[i] = first + i < rows ? _mm512_maskz_loadu_epi32(mask, codes + (first + i) * stride + k)
+                                          : _mm512_setzero_si512();
+            transpose16(row);
+            for (int64_t i = 0; i < dwords; ++i)
+                _mm512_storeu_si512(panel + (k + 4 * i) * kPanelRows + 4 * first, _mm512_xor_si512(row[i], flip));
+        }
+    }
+}
+
+// 64 rows x `count` tokens: 4 * count accumulators stay in registers, 4 loads and `count` broadcasts feed 4 * count
+// products. With 6 tokens that is 24 accumulators and 12 cycles of vpdpbusd against 5 of loads.
+template <int count>
+void multiply_tokens(const uint8_t* panel, int64_t inputs, const int8_t* q, int64_t stride, const int32_t* start,
+                     int32_t* acc) {
+    __m512i sum[count][4];
+#pragma GCC unroll 8
+    for (int t = 0; t < count; ++t)
+        sum[t][0] = sum[t][1] = sum[t][2] = sum[t][3] = _mm512_set1_epi32(start[t]);
+    for (int64_t k = 0; k < inputs; k += 4) {
+        const uint8_t* w = panel + k * kPanelRows;
+        const __m512i w0 = load(w), w1 = load(w + 64), w2 = load(w + 128), w3 = load(w + 192);
+#pragma GCC unroll 8
+        for (int t = 0; t < count; ++t) {
+            int32_t four;
+            std::memcpy(&four, q + t * stride + k, 4);
+            const __m512i x = _mm512_set1_epi32(four);
+            sum[t][0] = _mm512_dpbusd_epi32(sum[t][0], w0, x);
+            sum[t][1] = _mm512_dpbusd_epi32(sum[t][1], w1, x);
+            sum[t][2] = _mm512_dpbusd_epi32(sum[t][2], w2, x);
+            sum[t][3] = _mm512_dpbusd_epi32(sum[t][3], w3, x);
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < count; ++t)
+        for (int i = 0; i < 4; ++i) _mm512_storeu_si512(acc + t * kPanelRows + 16 * i, sum[t][i]);
+}
+
+void multiply_panel(const uint8_t* panel, int, int64_t inputs, const int8_t* q, int64_t stride, const int32_t* start,
+                    int64_t tokens, int32_t* acc) {
+    for (; tokens >= 6; tokens -= 6, q += 6 * stride, start += 6, acc += 6 * kPanelRows)
+        multiply_tokens<6>(panel, inputs, q, stride, start, acc);
+    switch (tokens) {
+        case 1: return multiply_tokens<1>(panel, inputs, q, stride, start, acc);
+        case 2: return multiply_tokens<2>(panel, inputs, q, stride, start, acc);
+        case 3: return multiply_tokens<3>(panel, inputs, q, stride, start, acc);
+        case 4: return multiply_tokens<4>(panel, inputs, q, stride, start, acc);
+        case 5: return multiply_tokens<5>(panel, inputs, q, stride, start, acc);
+        default: return;
+    }
+}
+
+// Sixteen sums of sixteen lanes each: transpose and add, 45 operations for 16 rows.
+__m512i sum_lanes(__m512i (&r)[16]) {
+    for (int i = 0; i < 8; ++i)
+        r[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]),
+                                _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]));
+    for (int i = 0; i < 4; ++i)
+        r[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(r[2 * i], r[2 * i + 1]),
+                                _mm512_unpackhi_epi64(r[2 * i], r[2 * i + 1]));
+    for (int i = 0; i < 2; ++i)
+        r[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(r[2 * i], r[2 * i + 1], 0x88),
+                                _mm512_shuffle_i32x4(r[2 * i], r[2 * i + 1], 0xDD));
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(r[0], r[1], 0x88), _mm512_shuffle_i32x4(r[0], r[1], 0xDD));
+}
+
+void dot_rows(const int8_t* codes, int64_t stride, int64_t inputs, const int8_t* q, int32_t* sums) {
+    const __m512i flip = _mm512_set1_epi8(char(0x80));
+    __m512i sum[16], q_sum = _mm512_setzero_si512();
+    for (auto& s : sum) s = _mm512_setzero_si512();
+    for (int64_t k = 0; k < inputs; k += 64) {
+        const __mmask64 mask = inputs - k < 64 ? (__mmask64(1) << (inputs - k)) - 1 : ~__mmask64(0);
+        const __m512i x = _mm512_maskz_loadu_epi8(mask, q + k);
+        q_sum = _mm512_dpbusd_epi32(q_sum, flip, x);  // 128 * x: what the flip adds to every row
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+            const __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, codes + i * stride + k), flip);
+            sum[i] = _mm512_dpbusd_epi32(sum[i], w, x);
+        }
+    }
+    const __m512i total = _mm512_set1_epi32(_mm512_reduce_add_epi32(q_sum));
+    _mm512_storeu_si512(sums, _mm512_sub_epi32(sum_lanes(sum), total));
+}
+
+void flush(const int32_t* acc, float scale, int64_t count, float* out) {
+    const __m512 a = _mm512_set1_ps(scale);
+    for (int64_t i = 0; i < count; i += 16)
+        _mm512_storeu_ps(out + i,
+                         _mm512_add_ps(_mm512_loadu_ps(out + i), _mm512_mul_ps(a, _mm512_cvtepi32_ps(load(acc + i)))));
+}
+
+constexpr PackedKernels kernels = {64, 128, accumulate, decode_tile, pack_int8, multiply_panel, dot_rows, flush};
+
+}  // namespace
+
+const duomo::PackedKernels* const duomo::packed_avx512 = &kernels;
+#else
+const duomo::PackedKernels* const duomo::packed_avx512 = nullptr;
+#endif
