@@ -215,5 +215,5 @@ def test_damage_is_told_in_one_line(kind: str, folder: Path) -> None:
 
 
 def test_a_folder_that_is_not_there() -> None:
-    with pytest.raises(CheckpointError, match="no config.json"):
+    with pytest.raises(CheckpointError, match="no config"):
         load_config("/nowhere")
