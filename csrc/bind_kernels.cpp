@@ -1,7 +1,130 @@
+// Python's door to the kernels. Objects keep the arrays they point into alive; pointers of activations come as
+// integers, checked by duomo.kernels.cpu, so that a call costs a microsecond. The GIL is released while they run.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+
+#include <stdexcept>
+#include <string>
+
 #include "cpu.hpp"
+#include "experts.hpp"
+#include "pool.hpp"
+#include "rotate.hpp"
+
 namespace nb = nanobind;
+
+namespace {
+
+using namespace duomo;
+
+template <class T>
+using Array = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+struct Trellis {
+    Array<uint8_t> codes;
+    Array<uint16_t> row_scale;
+    TrellisBank bank;
+};
+
+struct Integers {
+    Array<int8_t> codes;
+    Array<uint16_t> row_scale;
+    Int8Rows rows;
+};
+
+std::vector<float> copied(const Array<float>& signs, int64_t columns) {
+    if (signs.size() != 0 && int64_t(signs.size()) != columns) throw nb::value_error("one sign a column, or none");
+    return {signs.data(), signs.data() + signs.size()};
+}
+
+void check_block(int64_t columns, int block) {
+    const bool is_known = block == 16 || block == 32 || block == 64 || block == 128;
+    if (columns <= 0 || !is_known || columns % block) throw nb::value_error("columns must be whole blocks of 16 to 128");
+}
+
+void make_trellis(Trellis* self, int bits, Array<uint8_t> code_columns, Array<int8_t> codebook, float unit,
+                  Array<uint8_t> codes, Array<uint16_t> row_scale, int64_t count, int64_t rows, int64_t columns,
+                  int chain, int block, Array<float> signs) {
+    check_block(columns, block);
+    TrellisBank bank{make_code(bits, int(code_columns.size()), code_columns.data(), int(codebook.size()), codebook.data()),
+                     codes.data(), row_scale.data(), unit, count, rows, columns, chain, block, copied(signs, columns)};
+    if (count < 1 || rows < 1 || rows % (16 * bank.code.phases)) throw nb::value_error("rows must be whole tiles");
+    if (int64_t(codes.size()) != count * rows * columns * bits / 8 || int64_t(row_scale.size()) != count * rows)
+        throw nb::value_error("codes or scales are not of the size that the shape wants");
+    if (chain < 1 || columns / kBlockInputs % chain) throw nb::value_error("chains must divide the column blocks");
+    new (self) Trellis{codes, row_scale, std::move(bank)};
+}
+
+void make_integers(Integers* self, Array<int8_t> codes, Array<uint16_t> row_scale, int block, Array<float> signs) {
+    if (codes.ndim() != 2 || row_scale.size() != codes.shape(0)) throw nb::value_error("levels [N, K] and scales [N]");
+    const int64_t rows = int64_t(codes.shape(0)), columns = int64_t(codes.shape(1));
+    check_block(columns, block);
+    new (self) Integers{codes, row_scale,
+                        {{codes.data(), row_scale.data(), rows, columns, block}, copied(signs, columns)}};
+}
+
+void trellis_linear(const Trellis& self, int64_t expert, Address x, int64_t tokens, Address y) {
+    if (expert < 0 || expert >= self.bank.count) throw nb::index_error("no such matrix in the bank");
+    nb::gil_scoped_release release;
+    static thread_local ActivationBuffer buffer;
+    const TrellisBank& bank = self.bank;
+    linear(bank.matrix(expert), buffer.fill(at<float>(x), bank.signs_or_null(), tokens, bank.columns, bank.block),
+           at<float>(y));
+}
+
+void integers_linear(const Integers& self, Address x, int64_t tokens, Address y) {
+    nb::gil_scoped_release release;
+    static thread_local ActivationBuffer buffer;
+    const Int8Matrix& matrix = self.rows.matrix;
+    linear(matrix, buffer.fill(at<float>(x), self.rows.signs_or_null(), tokens, matrix.columns, matrix.block),
+           at<float>(y));
+}
+
+void run_experts(const Trellis& gate_up, const Trellis& down, Address hidden, Address expert_ids, Address weights,
+                 int64_t tokens, int64_t chosen, Address out) {
+    const TrellisBank &a = gate_up.bank, &b = down.bank;
+    if (a.count != b.count || a.rows != 2 * b.columns || a.columns != b.rows)
+        throw nb::value_error("gate_up must be [E, 2F, D] and down [E, D, F]");
+    for (int64_t i = 0; i < tokens * chosen; ++i)
+        if (at<int64_t>(expert_ids)[i] < 0 || at<int64_t>(expert_ids)[i] >= a.count)
+            throw nb::index_error("an expert's number is not in the bank");
+    nb::gil_scoped_release release;
+    experts(a, b, at<float>(hidden), at<int64_t>(expert_ids), at<float>(weights), tokens, chosen, at<float>(out));
+}
+
+void run_rotate_quantize(Address x, Array<float> signs, int64_t tokens, int64_t columns, int block, Address q,
+                         Address scale, Address sum) {
+    check_block(columns, block);
+    const std::vector<float> own = copied(signs, columns);
+    for (int64_t t = 0; t < tokens; ++t)
+        rotate_kernels().rotate_quantize(at<float>(x) + t * columns, own.empty() ? nullptr : own.data(), columns, block,
+                                         at<int8_t>(q) + t * columns, at<float>(scale) + t * (columns / block),
+                                         at<int32_t>(sum) + t * (columns / block));
+}
+
+}  // namespace
+
 void bind_kernels(nb::module_& m) {
-    m.def("best_isa", [] { return std::string(duomo::isa_name(duomo::best_isa())); });
+    m.def("best_isa", [] { return std::string(isa_name(best_isa())); });
+    m.def("current_isa", [] { return std::string(isa_name(current_isa())); });
+    m.def("set_isa", &set_isa, nb::arg("cap"));
+    m.def("num_threads", &num_threads);
+    m.def("set_num_threads", &set_num_threads, nb::arg("count"));
+    m.def("rotate_quantize", &run_rotate_quantize);
+    m.def("experts", &run_experts);
+    nb::class_<Trellis>(m, "Trellis", "A trellis-coded matrix, or a bank of them.")
+        .def("__init__", &make_trellis, nb::arg("bits"), nb::arg("code_columns"), nb::arg("codebook"), nb::arg("unit"),
+             nb::arg("codes"), nb::arg("row_scale"), nb::arg("count"), nb::arg("rows"), nb::arg("columns"),
+             nb::arg("chain"), nb::arg("block"), nb::arg("signs"))
+        .def("linear", &trellis_linear, nb::arg("expert"), nb::arg("x"), nb::arg("tokens"), nb::arg("y"));
+    nb::class_<Integers>(m, "Integers", "An int8 matrix with one scale a row.")
+        .def("__init__", &make_integers, nb::arg("levels"), nb::arg("row_scale"), nb::arg("block"), nb::arg("signs"))
+        .def("linear", &integers_linear, nb::arg("x"), nb::arg("tokens"), nb::arg("y"));
 }

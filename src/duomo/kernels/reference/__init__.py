@@ -2,7 +2,9 @@
 
 from duomo.kernels.reference.attention import attention
 from duomo.kernels.reference.experts import experts, swiglu
+from duomo.kernels.reference.linear import linear
 from duomo.kernels.reference.norm import layernorm, rmsnorm
+from duomo.kernels.reference.packed import packed_experts, packed_linear, quantize_activations
 from duomo.kernels.reference.rope import rotate_halves, rotate_pairs
 from duomo.kernels.reference.router import Routing, route
 
@@ -11,6 +13,10 @@ __all__ = [
     "attention",
     "experts",
     "layernorm",
+    "packed_experts",
+    "packed_linear",
+    "quantize_activations",
+    "linear",
     "rmsnorm",
     "rotate_halves",
     "rotate_pairs",

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from duomo.kernels.reference.linear import linear
+
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """[..., 2F] -> [..., F]: silu(first half) * second half."""
@@ -30,7 +32,7 @@ def experts(
     counts: list[int] = torch.bincount(pair_experts, minlength=gate_up_EFD.shape[0]).tolist()
     inputs = hidden_TD[order // num_chosen].split(counts)
     outputs = [
-        F.linear(swiglu(F.linear(rows, gate_up_EFD[e])), down_EDF[e])
+        linear(swiglu(linear(rows, gate_up_EFD[e])), down_EDF[e])
         for e, rows in enumerate(inputs)
         if rows.shape[0]
     ]

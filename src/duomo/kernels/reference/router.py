@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from duomo.kernels.reference.linear import linear
 
 
 class Routing(NamedTuple):
@@ -26,7 +27,7 @@ def route(
 ) -> Routing:
     """Softmax over one bank, top-K of the biased probabilities, unbiased weights that sum to one."""
     with torch.autocast(hidden_TD.device.type, enabled=False):
-        logits_TE = F.linear(hidden_TD.float(), router_ED)
+        logits_TE = linear(hidden_TD.float(), router_ED)
         probabilities_TE = logits_TE.softmax(-1)
         expert_ids_TK = (probabilities_TE + bias_E).topk(num_chosen, dim=-1).indices
         weights_TK = probabilities_TE.gather(-1, expert_ids_TK)

@@ -1,0 +1,57 @@
+// A bank of packed experts over tokens: out[t] = sum over k of weights[t, k] * down_e(silu(gate_e x) * up_e x).
+//
+// The (token, expert) pairs are sorted by expert, and an expert's tile is decoded once for all its tokens. Between the
+// two products everything stays fp32. A token's terms are added in the order of its choice, so its result depends on
+// nothing that runs beside it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "packed.hpp"
+
+namespace duomo {
+
+// E matrices of one shape, code and rotation; a single matrix is a bank of one. Pointers are borrowed.
+struct TrellisBank {
+    TrellisCode code;
+    const uint8_t* codes;        // [E][rows * columns * bits / 8]
+    const uint16_t* row_scale;   // [E][rows]
+    float unit;
+    int64_t count, rows, columns;
+    int chain, block;
+    std::vector<float> signs;    // [columns], or empty: the inputs are not rotated
+
+    TrellisMatrix matrix(int64_t expert) const {
+        return {&code, codes + expert * (rows * columns * code.bits / 8), row_scale + expert * rows, unit, rows,
+                columns, chain, block};
+    }
+    const float* signs_or_null() const { return signs.empty() ? nullptr : signs.data(); }
+};
+
+struct Int8Rows {
+    Int8Matrix matrix;
+    std::vector<float> signs;
+    const float* signs_or_null() const { return signs.empty() ? nullptr : signs.data(); }
+};
+
+// Owns the int8 form of T rows of activations. Memory grows and is kept.
+class ActivationBuffer {
+public:
+    // Rotates and quantizes x[T][columns], on the pool.
+    Activations fill(const float* x, const float* signs, int64_t tokens, int64_t columns, int block);
+    // Rows `rows[i]` of another buffer's activations, in that order.
+    Activations gather(const Activations& from, int64_t columns, int block, const int64_t* rows, int64_t count);
+
+private:
+    void resize(int64_t tokens, int64_t columns, int block);
+    std::vector<int8_t> q_;
+    std::vector<float> scale_;
+    std::vector<int32_t> sum_;
+};
+
+// hidden [T][D] and out [T][D] fp32; expert_ids [T][K] in [0, E); weights [T][K].
+void experts(const TrellisBank& gate_up, const TrellisBank& down, const float* hidden, const int64_t* expert_ids,
+             const float* weights, int64_t tokens, int64_t chosen, float* out);
+
+}  // namespace duomo

@@ -1,0 +1,13 @@
+// 8 floats to a register.
+#if defined(__AVX2__)
+#include "rotate_lanes.hpp"
+
+namespace {
+constexpr duomo::RotateKernels kernels = {rotate_quantize, swiglu, add_scaled};
+}
+const duomo::RotateKernels* const duomo::rotate_avx2 = &kernels;
+#else
+#include "rotate.hpp"
+
+const duomo::RotateKernels* const duomo::rotate_avx2 = nullptr;
+#endif

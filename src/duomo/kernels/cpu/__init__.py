@@ -1,0 +1,32 @@
+"""The C++ twins of the packed operations, for tensors on the CPU. Same names and arguments as the reference.
+
+`install` applies DUOMO_CPU_ISA and DUOMO_NUM_THREADS; it is called once, where the kernel set is chosen.
+"""
+
+from __future__ import annotations
+
+from duomo import env
+from duomo.errors import NoBackend
+from duomo.kernels.cpu.packed import packed_experts, packed_linear, quantize_activations
+
+__all__ = ["install", "is_built", "packed_experts", "packed_linear", "quantize_activations"]
+
+
+def is_built() -> bool:
+    try:
+        from duomo import _native  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def install() -> None:
+    """NoBackend where the native module was not built."""
+    if not is_built():
+        raise NoBackend(
+            "duomo's native kernels are not built; run `make build`, or set DUOMO_KERNELS=reference"
+        )
+    from duomo import _native
+
+    _native.set_isa(env.CPU_ISA.get())
+    _native.set_num_threads(env.NUM_THREADS.get())

@@ -1,0 +1,24 @@
+"""A linear map whose every row is computed as if it were alone, whatever rows stand beside it.
+
+The rule of bit-for-bit equality: in inference, fp32 products take rows in multiples of 16 (zero rows fill up).
+Measured with torch 2.13 on AVX-512: MKL takes other summation orders for 1, for 2-3 and for a thread's last
+odd row; from 16 rows on, in multiples of 16, and in bf16 at any count, a row's bits are always the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ROW_BLOCK = 16
+
+
+def linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """x W^T + b; x is [..., K]. With gradients, on a GPU or below fp32, plain torch."""
+    is_plain = torch.is_grad_enabled() or x_TK.dtype != torch.float32 or x_TK.device.type != "cpu"
+    num_rows = x_TK.shape[0]
+    if is_plain or x_TK.ndim != 2 or num_rows % ROW_BLOCK == 0:
+        return F.linear(x_TK, weight_NK, bias_N)
+    padded = F.pad(x_TK, (0, 0, 0, -num_rows % ROW_BLOCK))
+    return F.linear(padded, weight_NK, bias_N)[:num_rows]

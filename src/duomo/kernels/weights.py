@@ -1,0 +1,111 @@
+"""Packed weights as the kernels take them: a trellis-coded matrix or bank, or int8 rows.
+
+They borrow the arrays of the stored tensor, which may be a memory-mapped file: nothing is copied or unpacked,
+and an expert that no token chooses is never read. Each makes its native twin once, on first use.
+A fact easily missed: activations share a scale over `block` inputs, which is also the block of the rotation.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from duomo.trellis import IntTensor, TrellisBank, TrellisTensor, hadamard
+
+
+@lru_cache(maxsize=256)
+def _signs(seed: int | None, width: int) -> Tensor | None:
+    return None if seed is None else torch.from_numpy(hadamard.signs(seed, width))
+
+
+class TrellisWeight:
+    """E matrices [N, K] of one code and rotation; a single matrix is a bank of one."""
+
+    def __init__(self, stored: TrellisTensor | TrellisBank) -> None:
+        self.stored = stored
+        self.is_bank = isinstance(stored, TrellisBank)
+        self.num_matrices = stored.shape[0] if isinstance(stored, TrellisBank) else 1
+        self.rows, self.columns = stored.shape[-2:]
+        self.seed = stored.seed
+        self.block = hadamard.block_size(self.columns)
+
+    @property
+    def signs(self) -> Tensor | None:
+        """fp32 [K], or None where the inputs are not rotated."""
+        return _signs(self.seed, self.columns)
+
+    def levels(self, index: int = 0) -> Tensor:
+        """int8 [N, K] of one matrix, by the reference decoder."""
+        tensor = self.stored[index] if isinstance(self.stored, TrellisBank) else self.stored
+        return torch.from_numpy(np.ascontiguousarray(tensor.levels()))
+
+    def multiplier(self, index: int = 0) -> Tensor:
+        """fp32 [N]: what an integer sum is multiplied by."""
+        tensor = self.stored[index] if isinstance(self.stored, TrellisBank) else self.stored
+        return torch.from_numpy(tensor.row_multiplier())
+
+    @cached_property
+    def native(self) -> Any:
+        from duomo import _native
+
+        code = self.stored.code
+        return _native.Trellis(
+            bits=code.bits,
+            code_columns=np.asarray(code.columns, np.uint8),
+            codebook=np.asarray(code.codebook, np.int8),
+            unit=code.unit,
+            codes=np.ascontiguousarray(self.stored.codes),
+            row_scale=np.ascontiguousarray(self.stored.row_scale).view(np.uint16),
+            count=self.num_matrices,
+            rows=self.rows,
+            columns=self.columns,
+            chain=self.stored.chain,
+            block=self.block,
+            signs=_sign_array(self.seed, self.columns),
+        )
+
+
+class Int8Weight:
+    """Levels int8 [N, K] with one scale a row: embeddings, heads, the vision tower."""
+
+    def __init__(self, stored: IntTensor) -> None:
+        assert len(stored.shape) == 2, "an Int8Weight is one matrix"
+        self.stored = stored
+        self.rows, self.columns = stored.shape
+        self.seed = stored.seed
+        self.block = hadamard.block_size(self.columns)
+
+    @property
+    def signs(self) -> Tensor | None:
+        return _signs(self.seed, self.columns)
+
+    def levels(self, index: int = 0) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self.stored.levels))
+
+    def multiplier(self, index: int = 0) -> Tensor:
+        return torch.from_numpy(self.stored.row_multiplier())
+
+    @cached_property
+    def native(self) -> Any:
+        from duomo import _native
+
+        return _native.Integers(
+            levels=np.ascontiguousarray(self.stored.levels),
+            row_scale=np.ascontiguousarray(self.stored.row_scale).view(np.uint16),
+            block=self.block,
+            signs=_sign_array(self.seed, self.columns),
+        )
+
+
+PackedWeight = TrellisWeight | Int8Weight
+
+NATIVE_BLOCK = 16
+"""Narrowest block of activations the native kernels take; narrower widths go through the reference."""
+
+
+def _sign_array(seed: int | None, width: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.zeros(0, np.float32) if seed is None else hadamard.signs(seed, width)

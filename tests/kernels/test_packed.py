@@ -1,0 +1,170 @@
+"""Every packed product against the plain version: same integers, same floats, same bits.
+
+Codes are random: any symbols are a valid matrix, and random ones reach every entry of the codebook.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from duomo.kernels import cpu, reference
+from duomo.kernels.weights import Int8Weight, TrellisWeight
+from duomo.trellis import PRESETS, IntTensor, TrellisBank, TrellisTensor
+
+native = pytest.importorskip("duomo._native", reason="the native module is not built")
+ISAS = ["portable", "avx2", "avx512", "neon"]
+TOKENS = [0, 1, 7, 31]
+
+
+def random_matrix(name: str, rows: int, columns: int, chain: int = 1, seed: int = 3) -> TrellisTensor:
+    code, rng = PRESETS[name], np.random.default_rng(rows + columns)
+    codes = rng.integers(0, 256, rows * columns * code.bits // 8, dtype=np.uint8)
+    scale = rng.uniform(0.01, 0.1, rows).astype(np.float16)
+    return TrellisTensor(code, codes, scale, (rows, columns), seed, chain)
+
+
+def random_bank(name: str, count: int, rows: int, columns: int, seed: int = 5) -> TrellisWeight:
+    code, rng = PRESETS[name], np.random.default_rng(columns)
+    codes = rng.integers(0, 256, (count, rows * columns * code.bits // 8), dtype=np.uint8)
+    scale = rng.uniform(0.01, 0.1, (count, rows)).astype(np.float16)
+    return TrellisWeight(TrellisBank(code, codes, scale, (count, rows, columns), seed))
+
+
+def random_int8(rows: int, columns: int, seed: int | None = 4) -> Int8Weight:
+    rng = np.random.default_rng(rows)
+    levels = rng.integers(-127, 128, (rows, columns)).astype(np.int8)
+    return Int8Weight(IntTensor(levels, rng.uniform(0.001, 0.01, rows).astype(np.float16), 8, seed))
+
+
+def inputs(tokens: int, width: int) -> torch.Tensor:
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(tokens * 1000 + width))
+    if tokens > 1:
+        x[1] = 0.0  # a token of nothing
+    return x
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    native.set_isa(request.param)
+    if native.current_isa() != request.param:
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    native.set_isa("")
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("width", [192, 128, 336, 80])
+def test_rotated_int8_activations_are_the_same_bits(isa, tokens, width):
+    weight = random_int8(16, width)
+    fast = cpu.quantize_activations(inputs(tokens, width), weight.signs, weight.block)
+    plain = reference.quantize_activations(inputs(tokens, width), weight.signs, weight.block)
+    assert torch.equal(fast.q, plain.q) and torch.equal(fast.scale, plain.scale)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "rows, columns, chain",
+    [(128, 256, 1), (320, 128, 1), (64, 96, 1), (64, 96, 3), (64, 384, 24), (192, 64, 2)],
+)
+def test_trellis_product_is_the_same_bits(isa, name, rows, columns, chain, tokens):
+    weight = TrellisWeight(random_matrix(name, rows, columns, chain))
+    x = inputs(tokens, columns)
+    assert torch.equal(cpu.packed_linear(x, weight), reference.packed_linear(x, weight))
+
+
+def test_four_bit_matrix_of_half_a_panel(isa):
+    weight = TrellisWeight(random_matrix("lcc4-12", 96, 64))
+    for tokens in TOKENS:
+        x = inputs(tokens, 64)
+        assert torch.equal(cpu.packed_linear(x, weight), reference.packed_linear(x, weight))
+
+
+def test_panels_longer_than_the_cache_are_cut(isa):
+    weight = TrellisWeight(random_matrix("lcc2-12", 64, 4096 + 128))
+    x = inputs(3, weight.columns)
+    assert torch.equal(cpu.packed_linear(x, weight), reference.packed_linear(x, weight))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("rows, columns", [(64, 256), (77, 128), (1, 48), (130, 336)])
+@pytest.mark.parametrize("seed", [None, 9])
+def test_int8_product_is_the_same_bits(isa, rows, columns, tokens, seed):
+    weight, x = random_int8(rows, columns, seed), inputs(tokens, columns)
+    assert torch.equal(cpu.packed_linear(x, weight), reference.packed_linear(x, weight))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_agree(isa, tokens, dtype):
+    """Integers are exact; only exp() differs, by a few ulp, which may move a rounding of the middle by one step."""
+    gate_up, down = random_bank("lcc2-12", 5, 256, 128), random_bank("lcc2-12", 5, 128, 128)
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.rand(tokens, 5, generator=generator).argsort(-1)[:, :3]
+    weights = torch.rand(tokens, 3, generator=generator).softmax(-1).to(dtype)
+    hidden = inputs(tokens, 128).to(dtype)
+    fast = cpu.packed_experts(hidden, ids, weights, gate_up, down)
+    plain = reference.packed_experts(hidden, ids, weights, gate_up, down)
+    assert fast.shape == plain.shape == (tokens, 128) and fast.dtype == plain.dtype == dtype
+    if tokens:
+        error = (fast.float() - plain.float()).norm() / plain.float().norm()
+        assert error < (2e-3 if dtype == torch.float32 else 4e-3)
+
+
+def test_a_token_does_not_depend_on_its_neighbours(isa):
+    gate_up, down = random_bank("lcc2-12", 4, 128, 64), random_bank("lcc2-12", 4, 64, 64)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.rand(13, 4, generator=generator).argsort(-1)[:, :2]
+    weights, hidden = torch.rand(13, 2, generator=generator), inputs(13, 64)
+    together = cpu.packed_experts(hidden, ids, weights, gate_up, down)
+    alone = [
+        cpu.packed_experts(hidden[t : t + 1], ids[t : t + 1], weights[t : t + 1], gate_up, down)
+        for t in range(13)
+    ]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_threads_do_not_change_a_bit():
+    weight, x = TrellisWeight(random_matrix("lcc2-12", 640, 128)), inputs(7, 128)
+    results = []
+    for count in (1, 2, 3):
+        native.set_num_threads(count)
+        results.append(cpu.packed_linear(x, weight))
+    native.set_num_threads(0)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_the_product_is_near_the_decoded_matrix():
+    """int8 activations cost under one percent of the result: the reference is itself held to something."""
+    tensor = random_matrix("lcc2-12", 256, 512)
+    x = inputs(5, 512)
+    exact = x @ torch.from_numpy(tensor.decode()).T
+    error = (cpu.packed_linear(x, TrellisWeight(tensor)) - exact).norm() / exact.norm()
+    assert 0 < error < 0.01
+
+
+@pytest.mark.parametrize("cap", ["portable", "avx2", "avx512"])
+def test_environment_caps_the_instruction_set_and_never_raises_it(cap):
+    order = ["portable", "avx2", "avx512"]
+    best = native.best_isa()
+    if best not in order:
+        pytest.skip("not an x86-64 machine")
+    environment = dict(os.environ, DUOMO_CPU_ISA=cap, PYTHONPATH=os.pathsep.join(sys.path))
+    script = "import duomo.kernels; from duomo import _native; print(_native.current_isa())"
+    out = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == min(cap, best, key=order.index)
+
+
+def test_reference_kernels_can_be_forced():
+    environment = dict(os.environ, DUOMO_KERNELS="reference", PYTHONPATH=os.pathsep.join(sys.path))
+    script = "from duomo import kernels; print(kernels.is_native)"
+    out = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "False"
