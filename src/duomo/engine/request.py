@@ -48,6 +48,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     thinking: ThinkingMode = "auto"
     thinking_budget: int | None = None  # tokens of thinking; None: no bound of its own
+    wrap_up: str = ""  # thinking that is cut ends with this sentence, inside the budget
     constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
@@ -90,6 +91,74 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log-probability of one token, and of the likeliest alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MediaBlob:
+    """A decoded medium as it crosses the seam: uint8 patches as bytes, and where its tokens lie."""
+
+    kind: Literal["image", "video"]
+    start: int
+    grid: tuple[int, int, int]  # frames, rows, columns of patches
+    content_hash: bytes
+    patches: bytes
+
+    @property
+    def num_tokens(self) -> int:
+        frames, rows, columns = self.grid
+        return max(1, frames // 2) * (rows // 2) * (columns // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One answer wanted. `is_thinking`: the prompt ends inside an open thinking block."""
+
+    request_id: str
+    ids: tuple[int, ...]
+    params: SamplingParams
+    media: tuple[MediaBlob, ...] = ()
+    is_thinking: bool = False
+    priority: int = 0  # smaller runs first
+    salt: str = ""  # prompts of different salts never share a cache
+    adapter: str = ""  # which LoRA, "" for none
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step added to one request. `cause` says why it finished, beyond OpenAI's word for it."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    num_reasoning: int = 0  # of all tokens so far
+    num_cached: int = 0
+    finish_reason: FinishReason | None = None
+    cause: str = ""  # eos, stop_id, stop_string, length, grammar, cancelled, or an error's message
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """One piece of a streamed answer; `index` counts the choices of `n`. The last has a finish reason."""
+
+    index: int = 0
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[Any, ...] = ()  # of processing.messages.ToolCall, whole ones
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """A whole answer. `thinking` and `thinking_budget` are the values in effect, whatever was asked."""
 
@@ -101,3 +170,6 @@ class Completion:
     thinking: ThinkingMode = "off"
     thinking_budget: int | None = None
     token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    choices: tuple[Completion, ...] = ()  # the further ones where n > 1

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from duomo.kernels.reference.linear import linear
 from duomo.model.attention import PackedCausal
 from duomo.model.config import ModelConfig
 from duomo.model.decoder import Decoder
@@ -60,7 +61,7 @@ class Ernie(nn.Module):
     def unembed(self, hidden_TD: Tensor) -> Tensor:
         """Logits [T, V] of final hidden states."""
         head = self.embed if self.head is None else self.head
-        return F.linear(hidden_TD, head.weight)
+        return linear(hidden_TD, head.weight)
 
     @torch.inference_mode()
     def logits(

@@ -1,0 +1,94 @@
+"""From a step's works to a model `Batch`: ids, positions, routes, slots and page tables, chunk by chunk.
+
+Every token keeps the position and the bank it has in the whole prompt, wherever a chunk begins: both are
+worked out once per request (`Track`). Drafts and answers stand one after another past the prompt's end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from duomo.engine.request import Request
+from duomo.engine.scheduler import Work
+from duomo.model.config import ModelConfig
+from duomo.model.inputs import Batch
+from duomo.model.positions import build_positions, token_routes
+from duomo.processing.prompt import Grid, MediaSpan
+
+
+class Track:
+    """Positions of one request's prompt, where its answer goes on, and its pictures' features."""
+
+    def __init__(self, request: Request) -> None:
+        spans = [MediaSpan(medium.start, Grid(*medium.grid)) for medium in request.media]
+        self.num_prompt = len(request.ids)
+        self.positions = build_positions(self.num_prompt, spans)
+        self.next_position = int(self.positions.max()) + 1
+        self.media = request.media
+        self.features: dict[int, Tensor] = {}  # by index of the medium, while its tokens are computed
+
+    def slice(self, start: int, stop: int) -> np.ndarray:  # type: ignore[type-arg]
+        """Positions [3, stop - start]."""
+        inside = self.positions[:, start : min(stop, self.num_prompt)]
+        first = max(start, self.num_prompt) - self.num_prompt + self.next_position
+        count = stop - max(start, self.num_prompt)
+        if count <= 0:
+            return inside
+        beyond = np.broadcast_to(np.arange(first, first + count), (3, count))
+        return np.concatenate((inside, beyond), axis=1)
+
+    def media_in(self, start: int, stop: int) -> list[int]:
+        """Which media have tokens in the chunk."""
+        return [
+            index
+            for index, medium in enumerate(self.media)
+            if medium.start < stop and start < medium.start + medium.num_tokens
+        ]
+
+
+def build_step_batch(
+    works: Seq[Work], tracks: Seq[Track], config: ModelConfig, page_size: int, logit_starts: Seq[int]
+) -> Batch:
+    """`logit_starts[i]`: logits of work i are wanted from this token of it on."""
+    ids: list[int] = []
+    slots, positions, feature_rows, features, wanted = [], [], [], [], []
+    tables = []
+    for work, track, wanted_from in zip(works, tracks, logit_starts, strict=True):
+        first_row, stop = len(ids), work.start + work.count
+        sequence = work.sequence
+        known = sequence.ids[work.start : stop]
+        ids += known
+        ids += work.drafts[: work.count - len(known)]
+        positions.append(track.slice(work.start, stop))
+        table = np.asarray(sequence.pages, dtype=np.int64) + 1  # page 0 is nobody's
+        index = np.arange(work.start, stop)
+        slots.append(table[index // page_size] * page_size + index % page_size)
+        tables.append(table)
+        wanted.append(np.arange(first_row + wanted_from, first_row + work.count))
+        for medium_index in track.media_in(work.start, stop):
+            medium = track.media[medium_index]
+            low, high = max(work.start, medium.start), min(stop, medium.start + medium.num_tokens)
+            feature_rows.append(np.arange(low, high) - work.start + first_row)
+            features.append(track.features[medium_index][low - medium.start : high - medium.start])
+    page_table = np.zeros((len(works), max(len(table) for table in tables)), dtype=np.int64)
+    for row, table in enumerate(tables):
+        page_table[row, : len(table)] = table
+    array = np.asarray(ids, dtype=np.int64)
+    is_vision = token_routes(array, config)
+    return Batch(
+        ids_T=torch.from_numpy(array),
+        positions_3T=torch.from_numpy(np.concatenate(positions, axis=1)),
+        text_rows=torch.from_numpy(np.flatnonzero(~is_vision)),
+        vision_rows=torch.from_numpy(np.flatnonzero(is_vision)),
+        num_new=tuple(work.count for work in works),
+        num_cached=tuple(work.start for work in works),
+        feature_rows=torch.from_numpy(np.concatenate(feature_rows)) if feature_rows else None,
+        features_RD=torch.cat(features) if features else None,
+        slots_T=torch.from_numpy(np.concatenate(slots)),
+        page_table_SM=torch.from_numpy(page_table),
+        logit_rows=torch.from_numpy(np.concatenate(wanted)),
+    )

@@ -1,0 +1,128 @@
+"""Runs a step: swaps, pictures, one forward pass; gives back logits as numpy rows.
+
+The engine knows a runner by four calls, so that a script can stand in for a model (`engine.scripted`).
+A medium is encoded alone, so that its features do not depend on what else is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from duomo.engine.batch import Track, build_step_batch
+from duomo.engine.features import FeatureCache
+from duomo.engine.kv import PagedCache
+from duomo.engine.request import MediaBlob
+from duomo.engine.scheduler import Sequence, Step
+from duomo.model.ernie import Ernie
+from duomo.processing.patches import normalize
+from duomo.processing.prompt import Grid
+
+Floats = npt.NDArray[np.float32]
+
+
+class Runner(Protocol):
+    vocab_size: int
+
+    def execute(self, step: Step, logit_starts: Seq[int]) -> list[Floats]:
+        """Logits [rows, V] of every work, from its `logit_starts` token on."""
+        ...
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence is over; whatever is kept for it may go."""
+        ...
+
+    def reset(self) -> None:
+        """Drops caches that outlive requests."""
+        ...
+
+    def counters(self) -> dict[str, int]: ...
+
+
+class ModelRunner:
+    def __init__(
+        self,
+        model: Ernie,
+        num_pages: int,
+        page_size: int,
+        kv_dtype: str = "float32",
+        feature_bytes: int = 256 << 20,
+        feature_folder: Path | None = None,
+        fingerprint: str = "",
+    ) -> None:
+        self.model = model.eval()
+        self.vocab_size = model.config.vocab_size
+        self.cache = PagedCache(model.config, num_pages, page_size, kv_dtype)
+        self.features = FeatureCache(feature_bytes, feature_folder, fingerprint)
+        self._tracks: dict[str, Track] = {}
+        self._swapped: dict[str, list[torch.Tensor]] = {}
+
+    @torch.inference_mode()
+    def execute(self, step: Step, logit_starts: Seq[int]) -> list[Floats]:
+        for sequence, pages in step.swap_out:
+            kept = self.cache.copy_out([page + 1 for page in pages])
+            self._swapped[sequence.request.request_id] = kept
+        for sequence, pages in step.swap_in:
+            kept = self._swapped.pop(sequence.request.request_id)
+            self.cache.copy_in([page + 1 for page in pages], kept)
+        if not step.works:
+            return []
+        order = sorted(range(len(step.works)), key=lambda i: step.works[i].count)  # equal counts side by side
+        works = [step.works[i] for i in order]
+        tracks = [self._track(work.sequence) for work in works]
+        for work, track in zip(works, tracks, strict=True):
+            for index in track.media_in(work.start, work.start + work.count):
+                if index not in track.features:
+                    track.features[index] = self._features(track.media[index])
+        starts = [logit_starts[i] for i in order]
+        batch = build_step_batch(works, tracks, self.model.config, self.cache.page_size, starts)
+        logits = self.model.unembed(self.model(batch, self.cache)).float().numpy()
+        pieces: list[Floats] = [logits] * len(works)
+        row = 0
+        for i, work, first in zip(order, works, starts, strict=True):
+            pieces[i] = logits[row : row + work.count - first]
+            row += work.count - first
+            self._drop_features(work.sequence, work.start + work.count)
+        return pieces
+
+    def forget(self, sequence: Sequence) -> None:
+        self._tracks.pop(sequence.request.request_id, None)
+        self._swapped.pop(sequence.request.request_id, None)
+
+    def reset(self) -> None:
+        self.features.clear()
+
+    def counters(self) -> dict[str, int]:
+        return {
+            "media_encoded": self.features.num_encoded,
+            "feature_hits": self.features.num_hits,
+            "feature_bytes": self.features.num_bytes,
+            "kv_bytes": self.cache.num_bytes,
+            "swapped": len(self._swapped),
+        }
+
+    def _track(self, sequence: Sequence) -> Track:
+        name = sequence.request.request_id
+        if name not in self._tracks:
+            self._tracks[name] = Track(sequence.request)
+        return self._tracks[name]
+
+    def _features(self, medium: MediaBlob) -> torch.Tensor:
+        grid = Grid(*medium.grid)
+
+        def encode() -> torch.Tensor:
+            patches = np.frombuffer(medium.patches, dtype=np.uint8).reshape(grid.num_patches, -1)
+            return self.model.encode(torch.from_numpy(normalize(patches)), [grid])
+
+        return self.features.get(medium.content_hash, encode)
+
+    def _drop_features(self, sequence: Sequence, stop: int) -> None:
+        track = self._tracks[sequence.request.request_id]
+        for index in list(track.features):
+            if track.media[index].start + track.media[index].num_tokens <= stop:
+                del track.features[index]
