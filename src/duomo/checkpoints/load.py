@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from duomo.checkpoints.dialects import Dialect, Native, Place, recognise
 from duomo.checkpoints.files import TensorStore
 from duomo.checkpoints.names import Entry, pt_entries
+from duomo.checkpoints.quantized import dequantize, open_quantized
 from duomo.errors import CheckpointError, ConfigError, MissingTensor, ShapeMismatch, UnexpectedTensor
 from duomo.model import Ernie, ModelConfig
 
@@ -46,19 +47,18 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
     """The model of a folder, ready to run. `dtype` None keeps the dtype of the file's embeddings."""
     folder = Path(folder)
     config = replace(load_config(folder), name=folder.resolve().name)
+    if "quantization" in read_config(folder):
+        return load_quantized(folder, config, dtype or torch.float32, device)
     store = TensorStore(folder)
-    dialect = recognise(store, config)
-    config = _settle_head(config, store, dialect)
-    entries = list(pt_entries(config))
-    places = {entry: _place(dialect, entry) for entry in entries}
-    _check_names(store, places)
+    config, _, places = place_entries(config, store)
+    check_names(store, places)
     with torch.device("meta"):
         model = Ernie(config)
     parameters = dict(model.named_parameters())
     for entry, place in places.items():  # shapes alone: nothing is read or allocated yet
         shape = store.entry(place.name).shape
         _fit(entry, place, torch.empty(shape, device="meta"), parameters[entry.ours])
-    dtype = dtype or store.entry(places[entries[0]].name).dtype
+    dtype = dtype or store.entry(next(iter(places.values())).name).dtype  # of the embeddings
     _materialise(model, dtype, device)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -66,6 +66,13 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
             stored, target = _fit(entry, place, store.read(place.name), parameters[entry.ours])
             target.copy_(stored)
     return model.eval()
+
+
+def place_entries(config: ModelConfig, store: TensorStore) -> tuple[ModelConfig, Dialect, dict[Entry, Place]]:
+    """Where each tensor of the PT layout is found; the config says afterwards whether the head is its own."""
+    dialect = recognise(store, config)
+    config = _settle_head(config, store, dialect)
+    return config, dialect, {entry: _place(dialect, entry) for entry in pt_entries(config)}
 
 
 def _place(dialect: Dialect, entry: Entry) -> Place:
@@ -76,6 +83,29 @@ def _place(dialect: Dialect, entry: Entry) -> Place:
         return Place(dialect.bias(entry.name, row), lambda tensor: tensor.reshape(-1))
     name = dialect.place(entry.name).name
     return Place(name, lambda tensor: tensor.reshape(-1, tensor.shape[-1])[row])
+
+
+def load_quantized(folder: Path, config: ModelConfig, dtype: torch.dtype, device: str) -> Ernie:
+    """A quantized folder with every weight decoded: the reference that packed kernels are judged by."""
+    files = open_quantized(folder)
+    with torch.device("meta"):
+        model = Ernie(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    compare_names(set(shapes), set(files))
+    for name, shape in shapes.items():
+        if files[name].shape(name) != shape:
+            found = files[name].shape(name)
+            raise ShapeMismatch(
+                f"tensor {name} has shape {found}; the config asks for {shape}",
+                tensor=name,
+                expected=shape,
+                found=found,
+            )
+    _materialise(model, dtype, device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(dequantize(files[name].read(name)))
+    return model.eval()
 
 
 def _settle_head(config: ModelConfig, store: TensorStore, dialect: Dialect) -> ModelConfig:
@@ -90,12 +120,16 @@ def _settle_head(config: ModelConfig, store: TensorStore, dialect: Dialect) -> M
     return config if is_copy else replace(config, tie_embeddings=False)
 
 
-def _check_names(store: TensorStore, places: dict[Entry, Place]) -> None:
-    wanted = {place.name for place in places.values()}
-    missing = sorted(wanted - set(store))
+def check_names(store: TensorStore, places: dict[Entry, Place]) -> None:
+    """MissingTensor and UnexpectedTensor, which count all and name the first few."""
+    compare_names({place.name for place in places.values()}, set(store))
+
+
+def compare_names(wanted: set[str], stored: set[str]) -> None:
+    missing = sorted(wanted - stored)
     if missing:
         raise MissingTensor(_counted(missing, "tensor is missing", "tensors are missing"), tensors=missing)
-    unexpected = sorted(name for name in set(store) - wanted if not _is_ignored(name))
+    unexpected = sorted(name for name in stored - wanted if not _is_ignored(name))
     if unexpected:
         raise UnexpectedTensor(
             _counted(unexpected, "tensor belongs to no part", "tensors belong to no part") + " of this model",

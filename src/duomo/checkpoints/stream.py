@@ -13,11 +13,7 @@ import torch
 from torch import nn
 
 from duomo.checkpoints import load as loading
-from duomo.checkpoints.dialects import recognise
 from duomo.checkpoints.files import TensorStore
-from duomo.checkpoints.names import pt_entries
-from duomo.checkpoints.quantized import dequantize, open_quantized
-from duomo.errors import MissingTensor, ShapeMismatch, UnexpectedTensor
 from duomo.model import Ernie
 
 M = TypeVar("M", bound=nn.Module)
@@ -30,10 +26,8 @@ class CheckpointStream:
         self.folder = Path(folder)
         self._store = TensorStore(self.folder)
         config = loading.load_config(self.folder)
-        dialect = recognise(self._store, config)
-        self.config = loading._settle_head(config, self._store, dialect)
-        self._places = {entry: loading._place(dialect, entry) for entry in pt_entries(self.config)}
-        loading._check_names(self._store, self._places)
+        self.config, _, self._places = loading.place_entries(config, self._store)
+        loading.check_names(self._store, self._places)
 
     def fill(self, module: M, prefix: str) -> M:
         """Copies the module's parameters from disk, into whatever dtype they have."""
@@ -41,8 +35,8 @@ class CheckpointStream:
         with torch.no_grad():
             for entry, place in self._places.items():
                 if entry.ours in parameters:
-                    stored = place.turn(self._store.read(place.name))
-                    loading._copy(entry, stored, parameters[entry.ours])
+                    own = loading._fit(entry, place, self._store.read(place.name), parameters[entry.ours])
+                    own[1].copy_(own[0])
         return module
 
 
@@ -52,26 +46,6 @@ def is_quantized(folder: str | Path) -> bool:
 
 
 def load_dequantized(folder: str | Path, dtype: torch.dtype | None = None) -> Ernie:
-    """The plain model that a quantized folder stands for: every weight decoded. bf16 unless told otherwise."""
+    """The plain model that a quantized folder stands for: every weight decoded; bf16 by default."""
     config = loading.load_config(folder)
-    with torch.device("meta"):
-        model = Ernie(config)
-    loading._materialise(model, dtype or torch.bfloat16, "cpu")
-    parameters, homes = dict(model.named_parameters()), open_quantized(folder)
-    missing, unexpected = sorted(set(parameters) - set(homes)), sorted(set(homes) - set(parameters))
-    if missing:
-        raise MissingTensor(loading._counted(missing, "tensor is missing", "tensors are missing"))
-    if unexpected:
-        raise UnexpectedTensor(
-            loading._counted(unexpected, "tensor belongs to no part", "tensors belong to no part")
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if homes[name].shape(name) != tuple(parameter.shape):
-                raise ShapeMismatch(
-                    f"tensor {name} has shape {homes[name].shape(name)}; "
-                    f"the config asks for {tuple(parameter.shape)}",
-                    tensor=name,
-                )
-            parameter.copy_(dequantize(homes[name].read(name)))
-    return model.eval()
+    return loading.load_quantized(Path(folder), config, dtype or torch.bfloat16, "cpu")
