@@ -1,0 +1,187 @@
+"""One layer's matrices to their stored forms: damping chosen, experts in groups, everything measured.
+
+Damping is chosen for each parameter by the error on held-out tokens; the fitted tokens would always choose
+the least. Matrices that read one vector share one rotation, so that a model rotates it once. Without
+calibration there is no Hessian: plain rounding.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from duomo.checkpoints.quantized import Stored
+from duomo.model import Ernie
+from duomo.model.decoder import DecoderLayer
+from duomo.model.experts import ExpertBank
+from duomo.quant.calibration import BankGrams, CalibrationBatch, Recorder
+from duomo.quant.feedback import output_error, quantize_matrices
+from duomo.quant.hessian import Gram, shrink
+from duomo.quant.plan import BitPlan, Kind
+from duomo.trellis.code import TrellisCode
+from duomo.trellis.integer import encode_int
+from duomo.trellis.tensor import TrellisBank, TrellisTensor
+
+DAMPINGS = (0.03, 0.1, 0.3)
+EXPERTS_AT_ONCE = 4
+TRIAL_EXPERTS = 2
+_INPUTS = {
+    "attention.q": "attention", "attention.k": "attention", "attention.v": "attention",
+    "mlp.gate": "mlp", "mlp.up": "mlp", "mlp.shared.gate": "mlp", "mlp.shared.up": "mlp",
+    "mlp.text.gate_up": "mlp", "mlp.vision.gate_up": "mlp",
+}  # fmt: skip
+"""Matrices that read one vector, by the name of that vector."""
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """How one tensor is stored and what that cost: errors are shares of the output's energy."""
+
+    name: str
+    kind: str
+    num_weights: int
+    num_bytes: int
+    damping: float | None
+    held_out_error: float | None  # None: no held-out token reached it
+    fitted_error: float | None
+
+
+def seed_of(name: str, index: int) -> int:
+    """The rotation of a matrix: one for all that read the same vector."""
+    base = name.removesuffix(".weight")
+    return zlib.crc32(f"{index}.{_INPUTS.get(base, base)}".encode())
+
+
+def quantize_outside(model: Ernie, plan: BitPlan) -> dict[str, Stored]:
+    """Embeddings, head, tower, resampler: rounded to nearest, no Hessian needed at 8 bits."""
+    stored: dict[str, Stored] = {}
+    for name, parameter in model.named_parameters():
+        stored[name] = _round(parameter, plan, plan.kind_for(name, tuple(parameter.shape)), seed_of(name, -1))
+    return stored
+
+
+def _round(weight: Tensor, plan: BitPlan, kind: Kind, seed: int) -> Stored:
+    if kind is Kind.PLAIN:
+        return weight.detach().float()
+    assert kind in (Kind.INT8, Kind.INT6), f"{kind} needs the encoder"
+    return encode_int(weight.detach().float().numpy(), 8 if kind is Kind.INT8 else 6, seed)
+
+
+class LayerQuantizer:
+    """Hears a layer's inputs (`hear`, before each batch), then `quantize`s it."""
+
+    def __init__(self, layer: DecoderLayer, index: int, plan: BitPlan, num_threads: int) -> None:
+        self.layer, self.index, self.plan, self.num_threads = layer, index, plan, num_threads
+        self.recorder = Recorder(layer)
+
+    def hear(self, item: CalibrationBatch) -> None:
+        self.recorder.is_held_out = item.is_held_out
+
+    def tokens_per_expert(self) -> dict[str, list[int]]:
+        return {name.rpartition(".")[2]: grams[0].num_tokens for name, grams in self.recorder.banks.items()}
+
+    def quantize(self) -> tuple[dict[str, Stored], list[TensorReport]]:
+        stored: dict[str, Stored] = {}
+        reports: list[TensorReport] = []
+        for name, parameter in self.layer.named_parameters():
+            full = f"decoder.layers.{self.index}.{name}"
+            kind = self.plan.kind_for(full, tuple(parameter.shape))
+            code = self.plan.code(kind)
+            seed = seed_of(name, self.index)
+            weights = parameter.detach().float()
+            if code is None:
+                stored[full] = _round(weights, self.plan, kind, seed)
+                reports.append(_report(full, kind, stored[full], None, None, None))
+                continue
+            fitted, held = self._hessians(name, weights)
+            single = weights.dim() == 2
+            stacked = weights[None] if single else weights
+            tensors, damping = self._encode(stacked, fitted, held, code, seed)
+            errors = [_mean_error(stacked, tensors, hessians) for hessians in (held, fitted)]
+            stored[full] = tensors[0] if single else TrellisBank.of(tensors)
+            reports.append(_report(full, kind, stored[full], damping, *errors))
+        return stored, reports
+
+    def _hessians(self, name: str, weights: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """(fitted, held out) of each matrix of a parameter; empty lists without calibration."""
+        home, _, last = name.rpartition(".")
+        part = self.layer.get_submodule(home)
+        if isinstance(part, ExpertBank):
+            if home not in self.recorder.banks:
+                return [], []
+            fitted, held = self.recorder.banks[home]
+            return _bank_hessians(fitted, last), _own(held, last)
+        if home not in self.recorder.linears:
+            return [], []
+        fitted_gram, held_gram = self.recorder.linears[home]
+        return [fitted_gram.matrix], [held_gram.matrix]
+
+    def _encode(
+        self, weights: Tensor, fitted: Sequence[Tensor], held: Sequence[Tensor], code: TrellisCode, seed: int
+    ) -> tuple[list[TrellisTensor], float | None]:
+        num, columns = weights.shape[0], weights.shape[-1]
+        damping = self._choose_damping(weights, fitted, held, code, seed) if fitted else None
+        tensors: list[TrellisTensor] = []
+        for start in range(0, num, EXPERTS_AT_ONCE):
+            own = slice(start, start + EXPERTS_AT_ONCE)
+            hessians = torch.stack(list(fitted[own])) if fitted else torch.eye(columns).expand(
+                weights[own].shape[0], -1, -1
+            )  # fmt: skip
+            tensors += quantize_matrices(
+                weights[own], hessians, code, seed, damping or 0.0, self.num_threads, bool(fitted)
+            )
+        return tensors, damping
+
+    def _choose_damping(
+        self, weights: Tensor, fitted: Sequence[Tensor], held: Sequence[Tensor], code: TrellisCode, seed: int
+    ) -> float:
+        """The damping of least held-out error on the matrices that held-out tokens read most."""
+        heard = sorted(range(len(held)), key=lambda e: -held[e].diagonal().sum().item())[:TRIAL_EXPERTS]
+        if not heard or held[heard[0]].diagonal().sum() == 0:
+            return DAMPINGS[1]
+        hessians, judges = torch.stack([fitted[e] for e in heard]), [held[e] for e in heard]
+        errors = {}
+        for damping in DAMPINGS:
+            tensors = quantize_matrices(
+                weights[heard], hessians, code, seed, damping, self.num_threads, sweeps=1
+            )
+            error = _mean_error(weights[heard], tensors, judges)
+            errors[damping] = np.inf if error is None else error
+        return min(errors, key=lambda damping: errors[damping])
+
+
+def _bank_hessians(grams: BankGrams, part: str) -> list[Tensor]:
+    """Gate and up borrow from the layer, which reads the same vectors; down borrows from its own bank."""
+    if part == "gate_up":
+        return [shrink(gram, grams.layer) for gram in grams.gate_up]
+    pool = Gram(grams.down[0].size)
+    for gram in grams.down:
+        pool.matrix += gram.matrix
+        pool.num_tokens += gram.num_tokens
+    return [shrink(gram, pool) for gram in grams.down]
+
+
+def _own(grams: BankGrams, part: str) -> list[Tensor]:
+    return [gram.matrix for gram in (grams.gate_up if part == "gate_up" else grams.down)]
+
+
+def _mean_error(
+    weights: Tensor, tensors: Sequence[TrellisTensor], hessians: Sequence[Tensor]
+) -> float | None:
+    """Errors and energies summed over the matrices that the Hessians heard anything of."""
+    heard = [e for e, hessian in enumerate(hessians) if hessian.diagonal().sum() > 0]
+    errors = [output_error(weights[e], torch.from_numpy(tensors[e].decode()), hessians[e]) for e in heard]
+    return float(np.mean(errors)) if errors else None
+
+
+def _report(
+    name: str, kind: Kind, stored: Stored, damping: float | None, held: float | None, fitted: float | None
+) -> TensorReport:
+    num = int(np.prod(stored.shape))
+    size = stored.nbytes if isinstance(stored, Tensor) else stored.num_bytes
+    return TensorReport(name, kind.value, num, size, damping, held, fitted)

@@ -1,0 +1,283 @@
+"""`quantize`: a checkpoint to a smaller one, layer by layer, stoppable at any moment.
+
+Two streams of hidden states walk the layers: the original's, and the one that the layers quantized so far
+produce, whose inputs are what the next layer will really read. One layer is in memory at a time. Worth
+knowing: a layer's file, its row of the report and the hidden states after it are on disk before the next
+layer begins, so a run killed at any point goes on from the last whole layer and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from duomo.checkpoints.load import read_config
+from duomo.checkpoints.quantized import FORMAT, VERSION, QuantizedFile, Stored, dequantize, write_quantized
+from duomo.checkpoints.stream import CheckpointStream
+from duomo.errors import ConfigError
+from duomo.model import Ernie
+from duomo.model.decoder import DecoderLayer
+from duomo.processing.prompt import Prompt
+from duomo.quant.calibration import CalibrationBatch, build_batches
+from duomo.quant.judge import LayerJudge, judge_logits
+from duomo.quant.layer import LayerQuantizer, TensorReport, quantize_outside
+from duomo.quant.plan import BitPlan, build_plan, raise_layers
+from duomo.quant.report import write_report
+from duomo.quant.walk import embed_batches, walk
+from duomo.trellis.code import LCC2_12, TrellisCode
+
+WORK = ".quantize"
+_NOT_COPIED = (".safetensors", ".index.json", "SHA256SUMS", ".pdparams", ".bin", ".pt")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """After each piece: how far, and the seconds left at the pace so far."""
+
+    done: int
+    total: int
+    seconds_left: float
+    what: str
+
+
+def quantize(
+    source: str | Path,
+    target: str | Path,
+    bits: str = "2",
+    calibration: Sequence[Prompt] = (),
+    budget_bytes: int = 0,
+    code: TrellisCode = LCC2_12,
+    num_threads: int = 1,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Writes the quantized checkpoint and its report into `target`; returns the report.
+
+    Without calibration prompts weights are rounded with no error feedback, and the report says so. An
+    interrupted run is taken up again by the same call. ConfigError where `target` holds something else.
+    """
+    source, target = Path(source), Path(target)
+    stream = CheckpointStream(source)
+    plan = _settle_plan(build_plan(bits, stream.config, code), stream, budget_bytes, calibration)
+    run = _Run(source, target, stream, plan, calibration, num_threads, progress)
+    return run.go()
+
+
+class _Run:
+    def __init__(
+        self,
+        source: Path,
+        target: Path,
+        stream: CheckpointStream,
+        plan: BitPlan,
+        calibration: Sequence[Prompt],
+        num_threads: int,
+        progress: Callable[[Progress], None],
+    ) -> None:
+        self.source, self.target, self.stream, self.plan = source, target, stream, plan
+        self.calibration, self.num_threads, self.progress = calibration, num_threads, progress
+        self.work = target / WORK
+        self.started, self.pieces_here = time.monotonic(), 0
+        self.total = len(stream.config.expert_layers) + 2
+
+    def go(self) -> dict[str, Any]:
+        self._claim()
+        self._outside()
+        for index in range(len(self.stream.config.expert_layers)):
+            self._layer(index)
+        report = self._finish()
+        done = self.work.with_name(WORK + ".done")  # renamed first: half a work folder is nobody's
+        os.replace(self.work, done)
+        shutil.rmtree(done)
+        return report
+
+    def _claim(self) -> None:
+        """Marks the folder as this run's, or finds that it already is."""
+        mine = json.dumps(_fingerprint(self.source, self.plan, self.calibration), sort_keys=True)
+        mark = self.work / "run.json"
+        if mark.exists():
+            if mark.read_text() != mine:
+                raise ConfigError(
+                    f"{self.target} holds an unfinished run with other settings; give a new folder"
+                )
+            return
+        if self.target.exists() and any(self.target.iterdir()):
+            raise ConfigError(f"{self.target} is not empty; give a new folder")
+        self.work.mkdir(parents=True)
+        _write_text(mark, mine)
+
+    def _piece(self, number: int) -> Path:
+        return self.target / f"model-{number:05d}.safetensors"
+
+    def _is_done(self, number: int) -> bool:
+        return (self.work / f"piece-{number}.json").exists()
+
+    def _save(self, number: int, stored: dict[str, Stored], notes: dict[str, Any], states: _States) -> None:
+        """States, then weights, then the note that makes the piece count; each whole or not at all."""
+        states.save(self.work / f"states-{number}.safetensors")
+        notes["bytes"] = write_quantized(self._piece(number), stored)
+        notes["seconds"] = round(time.monotonic() - self.piece_started, 2)
+        _write_text(self.work / f"piece-{number}.json", json.dumps(notes))
+        (self.work / f"states-{number - 1}.safetensors").unlink(missing_ok=True)
+        self.pieces_here += 1
+        pace = (time.monotonic() - self.started) / self.pieces_here
+        self.progress(Progress(number + 1, self.total, pace * (self.total - number - 1), f"piece {number}"))
+
+    def _outside(self) -> None:
+        """Embeddings, head, norm, tower and resampler; and the prompts embedded, by both models."""
+        self.piece_started = time.monotonic()
+        self.model = _empty_outside(self.stream)
+        if not self._is_done(0):
+            original = build_batches(self.model, self.calibration)
+            before = embed_batches(self.model, original)
+            stored = quantize_outside(self.model, self.plan)
+            for name, tensor in stored.items():
+                _parameter(self.model, name).data.copy_(dequantize(tensor))
+            quantized = build_batches(self.model, self.calibration)
+            self.batches, states = quantized, _States(before, embed_batches(self.model, quantized))
+            self._save(0, stored, {"tensors": []}, states)
+            return
+        _overwrite(self.model, self._piece(0))
+        self.batches = build_batches(self.model, self.calibration)
+
+    def _layer(self, index: int) -> None:
+        number = index + 1
+        if self._is_done(number):
+            return
+        self.piece_started = time.monotonic()
+        states = _States.load(self.work / f"states-{number - 1}.safetensors", len(self.batches))
+        has_experts = self.stream.config.expert_layers[index]
+        layer = DecoderLayer(self.stream.config, has_experts).requires_grad_(False).eval()
+        self.stream.fill(layer, f"decoder.layers.{index}.")
+        judge = LayerJudge(layer)
+        config = self.stream.config
+        original = walk(layer, config, states.original, self.batches, judge.hear_original)
+        judge.stop()
+        quantizer = LayerQuantizer(layer, index, self.plan, self.num_threads)
+        if self.batches:
+            walk(layer, config, states.quantized, self.batches, quantizer.hear, quantizer.recorder)
+        stored, reports = quantizer.quantize()
+        parameters = dict(layer.named_parameters())
+        for name, tensor in stored.items():
+            parameters[name.removeprefix(f"decoder.layers.{index}.")].data.copy_(dequantize(tensor))
+        quantized = walk(layer, config, states.quantized, self.batches, judge.hear_quantized)
+        notes = {
+            "layer": index,
+            "tensors": [asdict(report) for report in reports],
+            "agreement": judge.agreement(),
+            "tokens": quantizer.tokens_per_expert(),
+            "hidden_error": _relative(original, quantized, self.batches),
+        }
+        self._save(number, stored, notes, _States(original, quantized))
+
+    def _finish(self) -> dict[str, Any]:
+        last = len(self.stream.config.expert_layers)
+        pieces = [json.loads((self.work / f"piece-{n}.json").read_text()) for n in range(last + 1)]
+        states = _States.load(self.work / f"states-{last}.safetensors", len(self.batches))
+        source_model = _empty_outside(self.stream)
+        quality = judge_logits(source_model, self.model, states.original, states.quantized, self.batches)
+        for path in sorted(self.source.iterdir()):
+            if path.is_file() and path.name != "config.json" and not path.name.endswith(_NOT_COPIED):
+                shutil.copyfile(path, self.target / path.name)
+        fields = {
+            **read_config(self.source),
+            **self.stream.config.to_json(),
+            "quantization": {"format": FORMAT, "version": VERSION, "plan": self.plan.name},
+        }
+        report = write_report(self.target, self.source, self.stream.config, self.plan, pieces, quality)
+        _write_text(self.target / "config.json", json.dumps(fields, indent=2) + "\n")
+        self.progress(Progress(self.total, self.total, 0.0, "report"))
+        return report
+
+
+@dataclass
+class _States:
+    """Hidden states of every batch, in the original model and in the quantized one."""
+
+    original: list[Tensor]
+    quantized: list[Tensor]
+
+    def save(self, path: Path) -> None:
+        tensors = {f"o{i}": t for i, t in enumerate(self.original)}
+        tensors |= {f"q{i}": t for i, t in enumerate(self.quantized)}
+        partial = path.with_suffix(".part")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path, count: int) -> _States:
+        tensors = load_file(path)
+        return cls([tensors[f"o{i}"] for i in range(count)], [tensors[f"q{i}"] for i in range(count)])
+
+
+def _empty_outside(stream: CheckpointStream) -> Ernie:
+    """Everything but the layers, in float32."""
+    with torch.device("meta"):
+        model = Ernie(stream.config)
+    model.decoder.layers = torch.nn.ModuleList()
+    model.to_empty(device="cpu")
+    return stream.fill(model, "").requires_grad_(False).eval()
+
+
+def _overwrite(model: Ernie, path: Path) -> None:
+    file = QuantizedFile(path)
+    for name in file.names():
+        _parameter(model, name).data.copy_(dequantize(file.read(name)))
+
+
+def _parameter(model: Ernie, name: str) -> torch.nn.Parameter:
+    return model.get_parameter(name)
+
+
+def _relative(
+    original: list[Tensor], quantized: list[Tensor], batches: list[CalibrationBatch]
+) -> float | None:
+    """Squared distance of the two streams over the original's square, on held-out tokens."""
+    pairs = [(a, b) for a, b, c in zip(original, quantized, batches, strict=True) if c.is_held_out]
+    if not pairs:
+        return None
+    error = sum((a - b).square().sum().item() for a, b in pairs)
+    return error / sum(a.square().sum().item() for a, _ in pairs)
+
+
+def _fingerprint(source: Path, plan: BitPlan, calibration: Sequence[Prompt]) -> dict[str, Any]:
+    prompts = 0
+    for prompt in calibration:
+        prompts = zlib.crc32(json.dumps(prompt.ids).encode(), prompts)
+        for medium in prompt.media:
+            prompts = zlib.crc32(medium.content_hash, prompts)
+    files = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(source.glob("*.safetensors"))]
+    return {"files": files, "plan": repr(plan), "prompts": prompts, "format": VERSION}
+
+
+def _settle_plan(
+    plan: BitPlan, stream: CheckpointStream, budget_bytes: int, calibration: Sequence[Prompt]
+) -> BitPlan:
+    if plan.name != "auto":
+        return plan
+    if not budget_bytes or not calibration:
+        raise ConfigError("--bits auto needs a budget of bytes and calibration prompts to measure with")
+    from duomo.quant.sensitivity import measure_layers
+
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Ernie(stream.config).named_parameters()}
+    return raise_layers(plan, shapes, measure_layers(stream, calibration, plan), budget_bytes)
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+__all__ = ["Progress", "TensorReport", "quantize"]

@@ -1,0 +1,109 @@
+"""Which weights get how many bits. Routed experts are nine tenths of the bytes; the rest is cheap to keep.
+
+Presets: `2` puts routed experts at 2 bits, `2.3` the first and last expert layers at 4, `4` all of them. In
+all of them attention, shared experts and dense layers take 4 bits, embeddings, head, tower and resampler 8,
+norms, biases and routers float32. `auto` starts from `2` and raises whole layers to 4 bits, the most error
+saved per byte first, until a budget of bytes is spent. A shape the trellis cannot hold is stored at 8 bits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from math import prod
+
+from duomo.errors import ConfigError
+from duomo.model.config import ModelConfig
+from duomo.trellis.code import LCC2_12, LCC4_12, TrellisCode
+
+
+class Kind(Enum):
+    PLAIN = "plain"  # float32
+    INT8 = "int8"
+    INT6 = "int6"
+    FOUR = "four"
+    TWO = "two"
+
+
+_BANK = re.compile(r"decoder\.layers\.(\d+)\.mlp\.(text|vision)\.(gate_up|down)$")
+_FOUR = re.compile(r"decoder\.layers\.\d+\.(attention\.[qkvo]|mlp\.(shared\.)?(gate|up|down))\.weight$")
+_LINEAR = re.compile(r"(vision_tower|resampler)\..*(patch_embed|qkv|out|fc1|fc2|project)\.weight$")
+PRESETS = ("2", "2.3", "4", "auto")
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """`raised` are the decoder layers whose routed experts take 4 bits."""
+
+    name: str = "2"
+    raised: frozenset[int] = frozenset()
+    embedding: Kind = Kind.INT8
+    other: Kind = Kind.FOUR
+    two: TrellisCode = LCC2_12
+    four: TrellisCode = LCC4_12
+
+    def kind(self, name: str) -> Kind:
+        """How the parameter of that name (our state-dict name) is stored, were its shape to fit."""
+        if bank := _BANK.match(name):
+            return Kind.FOUR if int(bank[1]) in self.raised else Kind.TWO
+        if name in ("embed.weight", "head.weight"):
+            return self.embedding
+        if _FOUR.match(name):
+            return self.other
+        return Kind.INT8 if _LINEAR.match(name) else Kind.PLAIN
+
+    def kind_for(self, name: str, shape: tuple[int, ...]) -> Kind:
+        kind = self.kind(name)
+        code = self.code(kind)
+        if code and (shape[-2] % code.row_multiple or shape[-1] % 16):
+            return Kind.INT8
+        return Kind.INT8 if kind is Kind.INT6 and shape[-1] % 4 else kind
+
+    def code(self, kind: Kind) -> TrellisCode | None:
+        return {Kind.TWO: self.two, Kind.FOUR: self.four}.get(kind)
+
+    def num_bytes(self, name: str, shape: tuple[int, ...]) -> int:
+        """Bytes of one stored parameter, scales included."""
+        kind, size = self.kind_for(name, shape), prod(shape)
+        bits = {Kind.PLAIN: 32, Kind.INT8: 8, Kind.INT6: 6, Kind.FOUR: 4, Kind.TWO: 2}[kind]
+        scales = 0 if kind is Kind.PLAIN else 2 * (size // shape[-1])
+        return size * bits // 8 + scales
+
+
+def build_plan(bits: str, config: ModelConfig, two: TrellisCode = LCC2_12) -> BitPlan:
+    """The preset of that name; `auto` begins as `2`. ConfigError for any other."""
+    layers = [index for index, has_experts in enumerate(config.expert_layers) if has_experts]
+    raised = {"2": [], "auto": [], "2.3": [*layers[:1], *layers[-1:]], "4": layers}
+    if bits not in raised:
+        raise ConfigError(f"--bits {bits!r}; there are {', '.join(PRESETS)}", bits=bits)
+    return BitPlan(bits, frozenset(raised[bits]), two=two)
+
+
+def raise_layers(
+    plan: BitPlan, shapes: Mapping[str, tuple[int, ...]], errors: Mapping[int, float], budget_bytes: int
+) -> BitPlan:
+    """Raises expert layers to 4 bits while the budget lasts, by `errors` saved per byte.
+
+    `errors[layer]` is what 2 bits cost there, in any one unit; at 4 bits 1/14 of it is left (the ratio of the
+    codes' distortions). ConfigError where the budget does not even hold everything at its least.
+    """
+    total = sum(plan.num_bytes(name, shape) for name, shape in shapes.items())
+    if total > budget_bytes:
+        raise ConfigError(
+            f"a budget of {budget_bytes:,} bytes; the least this plan can do is {total:,}", needed=total
+        )
+    extra = {layer: _extra_bytes(plan, shapes, layer) for layer in errors}
+    raised = set(plan.raised)
+    for layer in sorted(errors, key=lambda index: -errors[index] / max(extra[index], 1)):
+        if total + extra[layer] <= budget_bytes:
+            raised.add(layer)
+            total += extra[layer]
+    return BitPlan(plan.name, frozenset(raised), plan.embedding, plan.other, plan.two, plan.four)
+
+
+def _extra_bytes(plan: BitPlan, shapes: Mapping[str, tuple[int, ...]], layer: int) -> int:
+    more = BitPlan(plan.name, frozenset({layer}), plan.embedding, plan.other, plan.two, plan.four)
+    own = {name: s for name, s in shapes.items() if (m := _BANK.match(name)) and int(m[1]) == layer}
+    return sum(more.num_bytes(name, s) - plan.num_bytes(name, s) for name, s in own.items())

@@ -1,0 +1,175 @@
+"""What a quantized checkpoint says of itself: report.json, report.md, and three plots where matplotlib is.
+
+Errors are held-out ones: shares of each tensor's output energy on tokens that nothing was fitted to.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from duomo.model import Ernie, ModelConfig
+from duomo.quant.plan import BitPlan
+
+_PARTS = (
+    (r"\.text\.(gate_up|down)$", "text experts"),
+    (r"\.vision\.(gate_up|down)$", "vision experts"),
+    (r"\.shared\.", "shared experts"),
+    (r"\.attention\.[qkvo]\.", "attention"),
+    (r"\.mlp\.(gate|up|down)\.", "dense layers"),
+    (r"^(embed|head)\.", "embeddings and head"),
+    (r"^(vision_tower|resampler)\.", "vision tower and resampler"),
+)
+NEEDED_FOR_TEXT = (
+    "text experts",
+    "shared experts",
+    "attention",
+    "dense layers",
+    "embeddings and head",
+    "rest",
+)
+
+
+def part_of(name: str) -> str:
+    if name.startswith(("vision_tower", "resampler")):
+        return "vision tower and resampler"
+    return next((part for pattern, part in _PARTS if re.search(pattern, name)), "rest")
+
+
+def size_by_part(config: ModelConfig, plan: BitPlan) -> dict[str, dict[str, float]]:
+    """Weights, bytes and bits a weight of each part, from shapes alone: exact, headers not counted."""
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Ernie(config).named_parameters()}
+    weights: dict[str, int] = defaultdict(int)
+    sizes: dict[str, int] = defaultdict(int)
+    for name, shape in shapes.items():
+        weights[part_of(name)] += int(torch.Size(shape).numel())
+        sizes[part_of(name)] += plan.num_bytes(name, shape)
+    rows = {p: {"weights": weights[p], "bytes": sizes[p], "bits": 8 * sizes[p] / weights[p]} for p in weights}
+    text = sum(sizes[p] for p in NEEDED_FOR_TEXT)
+    total, every = sum(sizes.values()), sum(weights.values())
+    rows["everything"] = {"weights": every, "bytes": total, "bits": 8 * total / every}
+    rows["needed for text"] = {
+        "weights": sum(weights[p] for p in NEEDED_FOR_TEXT),
+        "bytes": text,
+        "bits": 0.0,
+    }
+    rows["needed for text"]["bits"] = 8 * text / rows["needed for text"]["weights"]
+    return rows
+
+
+def write_report(
+    target: Path,
+    source: Path,
+    config: ModelConfig,
+    plan: BitPlan,
+    pieces: Sequence[Mapping[str, Any]],
+    quality: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any]:
+    """Writes report.json, report.md and the plots into `target`; returns what report.json holds."""
+    report = {
+        "plan": {"name": plan.name, "raised_layers": sorted(plan.raised), "two": plan.two.name},
+        "source_bytes": sum(p.stat().st_size for p in source.glob("*.safetensors")),
+        "file_bytes": sum(piece["bytes"] for piece in pieces),
+        "seconds": round(sum(piece["seconds"] for piece in pieces), 1),
+        "parts": size_by_part(config, plan),
+        "quality": quality,
+        "calibrated": bool(quality),
+        "layers": list(pieces[1:]),
+    }
+    (target / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    plots = _plot(report, target)
+    (target / "report.md").write_text(_markdown(report, plots), encoding="utf-8")
+    return report
+
+
+def _markdown(report: Mapping[str, Any], plots: Sequence[str]) -> str:
+    ratio = report["file_bytes"] / max(report["source_bytes"], 1)
+    lines = [
+        "# Quantization report",
+        "",
+        f"Plan `{report['plan']['name']}`, 2-bit code `{report['plan']['two']}`. "
+        f"{report['file_bytes']:,} bytes, {ratio:.3f} of the source, in {report['seconds']:.0f} s.",
+        "",
+        "| part | weights | bytes | bits a weight |",
+        "| --- | ---: | ---: | ---: |",
+        *(
+            f"| {p} | {r['weights']:,} | {r['bytes']:,} | {r['bits']:.4f} |"
+            for p, r in report["parts"].items()
+        ),
+        "",
+    ]
+    if not report["calibrated"]:
+        lines += ["No calibration prompts were given: weights were rounded without error feedback.", ""]
+    for modality, row in report["quality"].items():
+        lines.append(
+            f"Held-out {modality}, {row['num_tokens']} tokens: KL to the source {row['kl_mean']:.4f} "
+            f"± {row['kl_standard_error']:.4f} (median {row['kl_median']:.4f}, 99 % {row['kl_99']:.3f}), "
+            f"same likeliest token {100 * row['top1_same']:.1f} ± {100 * row['top1_standard_error']:.1f} %."
+        )
+    lines += ["", "| layer | expert agreement | tokens per expert, least and most | hidden error |"]
+    lines.append("| ---: | --- | --- | ---: |")
+    for layer in report["layers"]:
+        agreement = ", ".join(f"{bank} {100 * share:.1f} %" for bank, share in layer["agreement"].items())
+        tokens = ", ".join(f"{bank} {min(n)}-{max(n)}" for bank, n in layer["tokens"].items() if n)
+        error = layer["hidden_error"]
+        lines.append(
+            f"| {layer['layer']} | {agreement} | {tokens} | {'' if error is None else f'{error:.4f}'} |"
+        )
+    lines += [
+        "",
+        "| tensor | kind | damping | held-out error | fitted error |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for tensor in (tensor for layer in report["layers"] for tensor in layer["tensors"]):
+        if tensor["kind"] != "plain":
+            numbers = (tensor["damping"], tensor["held_out_error"], tensor["fitted_error"])
+            cells = " | ".join("" if n is None else f"{n:.4g}" for n in numbers)
+            lines.append(f"| {tensor['name']} | {tensor['kind']} | {cells} |")
+    return "\n".join([*lines, "", *(f"![{name}]({name})" for name in plots), ""])
+
+
+def _plot(report: Mapping[str, Any], target: Path) -> list[str]:
+    """Errors by layer, expert agreement by layer, bytes by part. Nothing where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return []
+    layers = report["layers"]
+    errors = defaultdict(list)
+    shares = defaultdict(list)
+    for layer in layers:
+        for tensor in layer["tensors"]:
+            if tensor["held_out_error"] is not None:
+                short = tensor["name"].split(".", 3)[3]
+                errors[short].append((layer["layer"], tensor["held_out_error"]))
+        for bank, share in layer["agreement"].items():
+            shares[bank].append((layer["layer"], share))
+    names = []
+    for name, curves, title in (
+        ("report-errors.png", errors, "held-out error, share of output energy"),
+        ("report-agreement.png", shares, "experts chosen alike"),
+    ):
+        if curves:
+            figure = Figure(figsize=(8, 4.5), layout="constrained")
+            axes = figure.subplots()
+            for label, points in curves.items():
+                axes.plot(*zip(*points, strict=True), marker=".", label=label)
+            axes.set(xlabel="layer", title=title)
+            axes.legend(fontsize=6)
+            figure.savefig(target / name, dpi=110)
+            names.append(name)
+    parts = {
+        p: r["bytes"] / 1e6 for p, r in report["parts"].items() if p not in ("everything", "needed for text")
+    }
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    figure.subplots().barh(list(parts), list(parts.values()))
+    figure.axes[0].set(xlabel="MB")
+    figure.savefig(target / "report-bytes.png", dpi=110)
+    return [*names, "report-bytes.png"]

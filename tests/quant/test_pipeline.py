@@ -1,0 +1,159 @@
+"""`quantize` end to end on a small model: sizes, report, a kill -9 in the middle, and refusals."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from duomo.checkpoints import load_model, save_model
+from duomo.checkpoints.quantized import open_quantized
+from duomo.errors import ConfigError
+from duomo.model import BankConfig, Ernie, ModelConfig, SpecialIds, VisionConfig, init_weights
+from duomo.processing.patches import patchify
+from duomo.processing.prompt import Media, MediaSpan, Prompt
+from duomo.quant import quantize
+from duomo.quant.judge import compare_logits
+from duomo.trellis import IntTensor, TrellisBank, TrellisTensor
+
+CONFIG = ModelConfig(
+    vocab_size=96,
+    hidden_size=64,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    intermediate_size=128,
+    expert_layers=(False, True, True),
+    text_experts=BankConfig(4, 64),
+    vision_experts=BankConfig(4, 32),
+    num_chosen=2,
+    shared_size=64,
+    vision=VisionConfig(num_layers=1, hidden_size=32, intermediate_size=64, num_heads=2),
+    rope_section=(5, 5, 6),
+    initializer_range=0.06,
+    ids=SpecialIds(
+        image_patch=90, video_patch=90, image_start=91, image_end=92, video_start=93, video_end=94
+    ),
+)
+
+
+def prompts(num=6, length=60, seed=0):
+    rng = np.random.default_rng(seed)
+    made = [Prompt(rng.integers(3, 90, length).tolist()) for _ in range(num)]
+    for _ in range(num):
+        patches, grid = patchify(rng.integers(0, 255, (56, 84, 3), dtype=np.uint8))
+        ids = [5, 91, *[90] * grid.num_tokens, 92, *rng.integers(3, 90, 20).tolist()]
+        made.append(Prompt(ids, (Media("image", patches, grid, bytes([len(made)])),), (MediaSpan(2, grid),)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    save_model(init_weights(Ernie(CONFIG), seed=1), folder, torch.float32)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(source, tmp_path_factory):
+    target = tmp_path_factory.mktemp("out") / "two"
+    steps = []
+    report = quantize(source, target, "2", prompts(), progress=steps.append)
+    return target, report, steps
+
+
+def test_everything_is_stored_as_planned(done):
+    files = open_quantized(done[0])
+    kinds = {name: type(file.read(name)) for name, file in files.items()}
+    assert kinds["decoder.layers.1.mlp.text.gate_up"] is TrellisBank
+    assert kinds["decoder.layers.0.mlp.down.weight"] is TrellisTensor
+    assert kinds["embed.weight"] is kinds["vision_tower.blocks.0.fc1.weight"] is IntTensor
+    assert kinds["decoder.layers.1.mlp.vision.router.weight"] is torch.Tensor
+    bank = files["decoder.layers.1.mlp.text.gate_up"].read("decoder.layers.1.mlp.text.gate_up")
+    assert bank.code.bits == 2
+    assert (
+        bank.seed
+        == files["decoder.layers.1.mlp.shared.up.weight"].read("decoder.layers.1.mlp.shared.up.weight").seed
+    )
+    assert not (done[0] / ".quantize").exists()
+    assert (done[0] / "tokenizer.json").exists()
+
+
+def test_it_loads_like_any_checkpoint(done, source):
+    ours, theirs = load_model(done[0], torch.float32), load_model(source, torch.float32)
+    assert ours.config.hidden_size == CONFIG.hidden_size
+    ids = list(range(3, 60))
+    kl, _ = compare_logits(theirs.logits(ids), ours.logits(ids))
+    uniform, _ = compare_logits(theirs.logits(ids), torch.zeros(len(ids), CONFIG.vocab_size))
+    assert 0 < kl.mean() < 0.2 * uniform.mean()
+
+
+def test_the_report_tells_what_was_measured(done):
+    target, report, steps = done
+    assert json.loads((target / "report.json").read_text())["file_bytes"] == report["file_bytes"]
+    assert report["file_bytes"] == sum(p.stat().st_size for p in target.glob("*.safetensors"))
+    assert set(report["quality"]) == {"text", "picture"}
+    layer = report["layers"][1]
+    assert set(layer["agreement"]) == {"text", "vision"} and 0 < layer["agreement"]["text"] <= 1
+    assert sum(layer["tokens"]["vision"]) > 0
+    errors = {t["name"]: t["held_out_error"] for t in layer["tensors"] if t["kind"] == "two"}
+    assert len(errors) == 4 and all(0 < error < 0.12 for error in errors.values())
+    assert "| 1 | text " in (target / "report.md").read_text()
+    assert [step.done for step in steps] == [1, 2, 3, 4, 5] and steps[-1].seconds_left == 0
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_pipeline import prompts
+from duomo.quant import quantize
+quantize({source!r}, {target!r}, "2", prompts(), progress=lambda step: print(step.done, flush=True))
+"""
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(done, source, tmp_path):
+    from pathlib import Path
+
+    target = tmp_path / "killed"
+    script = SCRIPT.format(tests=str(Path(__file__).parent), source=str(source), target=str(target))
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "1\n"
+    assert process.stdout.readline() == "2\n"
+    time.sleep(0.01)  # into the next layer
+    process.kill()
+    process.wait()
+    assert (target / ".quantize").exists()
+    steps = []
+    quantize(source, target, "2", prompts(), progress=steps.append)
+    assert steps[0].done >= 3
+    for path in done[0].glob("*.safetensors"):
+        assert (target / path.name).read_bytes() == path.read_bytes()
+
+
+def test_without_calibration_it_rounds_and_says_so(source, tmp_path):
+    report = quantize(source, tmp_path / "plain", "4")
+    assert not report["calibrated"] and report["quality"] == {}
+    assert "without error feedback" in (tmp_path / "plain/report.md").read_text()
+
+
+def test_auto_spends_its_budget(source, tmp_path):
+    two = quantize(source, tmp_path / "two", "2")["parts"]["everything"]["bytes"]
+    report = quantize(source, tmp_path / "auto", "auto", prompts(), budget_bytes=two + 20_000)
+    assert len(report["plan"]["raised_layers"]) == 1
+    assert two < report["parts"]["everything"]["bytes"] <= two + 20_000
+    with pytest.raises(ConfigError, match="the least this plan can do"):
+        quantize(source, tmp_path / "no", "auto", prompts(), budget_bytes=1000)
+
+
+def test_refusals(done, source, tmp_path):
+    with pytest.raises(ConfigError, match="is not empty"):
+        quantize(source, done[0], "2")
+    with pytest.raises(ConfigError, match=r"there are 2, 2\.3, 4, auto"):
+        quantize(source, tmp_path / "x", "3")
+    with pytest.raises(ConfigError, match="needs a budget"):
+        quantize(source, tmp_path / "x", "auto")
