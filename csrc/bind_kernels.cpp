@@ -10,6 +10,7 @@
 #include "cpu.hpp"
 #include "experts.hpp"
 #include "pool.hpp"
+#include "reader.hpp"
 #include "rotate.hpp"
 
 namespace nb = nanobind;
@@ -119,6 +120,10 @@ void bind_kernels(nb::module_& m) {
     m.def("set_num_threads", &set_num_threads, nb::arg("count"));
     m.def("rotate_quantize", &run_rotate_quantize);
     m.def("experts", &run_experts);
+    m.def("read_all", [](Array<uint8_t> data) {
+        nb::gil_scoped_release release;
+        return read_all(data.data(), int64_t(data.size()));
+    });
     nb::class_<Trellis>(m, "Trellis", "A trellis-coded matrix, or a bank of them.")
         .def("__init__", &make_trellis, nb::arg("bits"), nb::arg("code_columns"), nb::arg("codebook"), nb::arg("unit"),
              nb::arg("codes"), nb::arg("row_scale"), nb::arg("count"), nb::arg("rows"), nb::arg("columns"),

@@ -3,6 +3,11 @@
 #include <atomic>
 #include <stdexcept>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace duomo {
 namespace {
 
@@ -25,8 +30,8 @@ Isa best_isa() {
                         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
                         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("gfni");
     return avx2 && avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::portable;
-#elif defined(__ARM_FEATURE_DOTPROD) || defined(DUOMO_ASSUME_DOTPROD)
-    return Isa::neon;
+#elif defined(__aarch64__) && defined(__linux__)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? Isa::neon : Isa::portable;
 #else
     return Isa::portable;
 #endif

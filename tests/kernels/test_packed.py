@@ -101,7 +101,7 @@ def test_int8_product_is_the_same_bits(isa, rows, columns, tokens, seed):
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_agree(isa, tokens, dtype):
-    """Integers are exact; only exp() differs, by a few ulp, which may move a rounding of the middle by one step."""
+    """Only exp() differs, by a few ulp, which may move a rounding of the middle by one step."""
     gate_up, down = random_bank("lcc2-12", 5, 256, 128), random_bank("lcc2-12", 5, 128, 128)
     generator = torch.Generator().manual_seed(tokens)
     ids = torch.rand(tokens, 5, generator=generator).argsort(-1)[:, :3]

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from duomo import env
 from duomo.kernels import cpu, reference
-
 from duomo.kernels.reference import (
     Routing,
     attention,

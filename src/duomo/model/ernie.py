@@ -30,6 +30,9 @@ class Embedding(nn.Module):
     def forward(self, ids_T: Tensor) -> Tensor:
         return F.embedding(ids_T, self.weight)
 
+    def unembed(self, hidden_TD: Tensor) -> Tensor:
+        return linear(hidden_TD, self.weight)
+
 
 class Ernie(nn.Module):
     """Built empty: load a checkpoint into it, or call `init_weights`."""
@@ -55,13 +58,13 @@ class Ernie(nn.Module):
     def encode(self, patches_PX: Tensor, grids: Sequence[GridLike]) -> Tensor:
         """Normalised patches [P, 588] of pictures and videos, in prompt order -> features [R, D]."""
         assert self.vision_tower is not None and self.resampler is not None, "this model has no vision tower"
-        patches_PX = patches_PX.to(self.vision_tower.patch_embed.weight.dtype)
+        patches_PX = patches_PX.to(self.vision_tower.norm.weight.dtype)
         return self.resampler(self.vision_tower(patches_PX, grids), grids)  # type: ignore[no-any-return]
 
     def unembed(self, hidden_TD: Tensor) -> Tensor:
         """Logits [T, V] of final hidden states."""
         head = self.embed if self.head is None else self.head
-        return linear(hidden_TD, head.weight)
+        return head.unembed(hidden_TD)
 
     @torch.inference_mode()
     def logits(
@@ -72,7 +75,7 @@ class Ernie(nn.Module):
         `spans` say where pictures and videos lie among the ids, `patches_PX` are their patches in order
         (`processing.images.normalize` of `Media.patches`).
         """
-        device = self.embed.weight.device
+        device = self.decoder.norm.weight.device
         features = None
         if patches_PX is not None:
             features = self.encode(patches_PX.to(device), [span.grid for span in spans])

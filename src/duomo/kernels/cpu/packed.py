@@ -1,4 +1,4 @@
-"""Products over packed weights by csrc/packed*.cpp and csrc/experts.cpp. The reference says what they compute.
+"""Products over packed weights by csrc/packed*.cpp and csrc/experts.cpp; the reference says what they are.
 
 Pointers go down unchecked, so everything about shape, dtype and contiguity is settled here.
 """

@@ -1,0 +1,125 @@
+// Every instruction set of this machine against the portable kernels, on random codes. Run under ASan and UBSan
+// (-DDUOMO_SANITIZE=ON), and under qemu for NEON:
+//
+//   aarch64-linux-gnu-g++ -std=c++20 -O2 -static -Wno-psabi -ffp-contract=off -march=armv8.2-a+dotprod
+//       csrc/kernels_check.cpp csrc/{code,cpu,pool,packed,experts}.cpp csrc/packed_*.cpp csrc/rotate_*.cpp -o check
+//   qemu-aarch64 ./check
+//
+// Python's tests compare with the reference; this one finds reads and writes outside, and knows no Python.
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu.hpp"
+#include "experts.hpp"
+#include "pool.hpp"
+
+using namespace duomo;
+
+namespace {
+
+uint64_t state = 1;
+uint32_t random_bits() {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return uint32_t(state >> 33);
+}
+
+TrellisCode random_code(int bits, int window, int levels) {
+    std::vector<uint8_t> columns;
+    std::vector<int8_t> codebook;
+    for (int i = 0; i < window; ++i) columns.push_back(uint8_t(random_bits() % uint32_t(levels)));
+    for (int i = 0; i < levels; ++i) codebook.push_back(int8_t(int(random_bits() % 127) - 63));
+    return make_code(bits, window, columns.data(), levels, codebook.data());
+}
+
+struct OwnedBank {
+    std::unique_ptr<uint8_t[]> codes;  // exactly as long as the codes: a read past the end is seen by ASan
+    std::vector<uint16_t> row_scale;
+    TrellisBank bank;
+};
+
+OwnedBank random_bank(const TrellisCode& code, int64_t count, int64_t rows, int64_t columns, int chain, int block) {
+    OwnedBank own;
+    const int64_t bytes = count * rows * columns * code.bits / 8;
+    own.codes = std::make_unique<uint8_t[]>(size_t(bytes));
+    for (int64_t i = 0; i < bytes; ++i) own.codes[size_t(i)] = uint8_t(random_bits());
+    for (int64_t i = 0; i < count * rows; ++i) own.row_scale.push_back(uint16_t(0x2800 + random_bits() % 0x400));
+    own.bank = {code, own.codes.get(), own.row_scale.data(), 0.04f, count, rows, columns, chain, block, {}};
+    for (int64_t i = 0; i < columns; ++i) own.bank.signs.push_back(random_bits() & 1 ? 1.0f : -1.0f);
+    return own;
+}
+
+std::vector<float> random_rows(int64_t count) {
+    std::vector<float> x;
+    for (int64_t i = 0; i < count; ++i) x.push_back(float(int(random_bits() % 2001) - 1000) / 500.0f);
+    return x;
+}
+
+struct Results {
+    std::vector<float> values;
+    void add(const std::vector<float>& more) { values.insert(values.end(), more.begin(), more.end()); }
+};
+
+Results run_all(const char* isa) {
+    set_isa(isa);
+    state = 1;
+    Results results;
+    for (int bits : {2, 4})
+        for (int window = bits == 2 ? 6 : 8; window <= 16; window += bits)
+            for (int levels : {64, 128})
+                for (int chain : {1, 2})
+                    for (int64_t tokens : {0, 1, 7, 29}) {
+                        const OwnedBank own = random_bank(random_code(bits, window, levels), 1, 192, 64, chain, 32);
+                        const auto x = random_rows(tokens * 64);
+                        ActivationBuffer buffer;
+                        std::vector<float> y(size_t(tokens * 192));
+                        linear(own.bank.matrix(0), buffer.fill(x.data(), own.bank.signs.data(), tokens, 64, 32),
+                               y.data());
+                        results.add(y);
+                    }
+    for (int64_t rows : {1, 16, 77})
+        for (int64_t tokens : {0, 1, 7, 29}) {
+            std::unique_ptr<int8_t[]> codes(new int8_t[size_t(rows * 48)]);
+            for (int64_t i = 0; i < rows * 48; ++i) codes[size_t(i)] = int8_t(int(random_bits() % 255) - 127);
+            const std::vector<uint16_t> scale(size_t(rows), 0x2C00);
+            const auto x = random_rows(tokens * 48);
+            ActivationBuffer buffer;
+            std::vector<float> y(size_t(tokens * rows));
+            linear(Int8Matrix{codes.get(), scale.data(), rows, 48, 16}, buffer.fill(x.data(), nullptr, tokens, 48, 16),
+                   y.data());
+            results.add(y);
+        }
+    const TrellisCode code = random_code(2, 12, 64);
+    const OwnedBank gate_up = random_bank(code, 3, 128, 64, 1, 64), down = random_bank(code, 3, 64, 64, 1, 64);
+    for (int64_t tokens : {0, 1, 7}) {
+        std::vector<int64_t> ids;
+        for (int64_t t = 0; t < tokens; ++t) {
+            ids.push_back(t % 3);
+            ids.push_back((t + 1) % 3);
+        }
+        const auto hidden = random_rows(tokens * 64), weights = random_rows(tokens * 2);
+        std::vector<float> out(size_t(tokens * 64));
+        experts(gate_up.bank, down.bank, hidden.data(), ids.data(), weights.data(), tokens, 2, out.data());
+        results.add(out);
+    }
+    return results;
+}
+
+}  // namespace
+
+int main() {
+    set_num_threads(2);
+    const Results expected = run_all("portable");
+    int failures = 0;
+    for (const char* isa : {"avx2", "avx512", "neon"}) {
+        const Results got = run_all(isa);
+        if (std::string(isa_name(current_isa())) != isa) continue;
+        const bool same = got.values.size() == expected.values.size() &&
+                          !std::memcmp(got.values.data(), expected.values.data(), got.values.size() * sizeof(float));
+        std::printf("%s: %zu values %s the portable ones\n", isa, got.values.size(), same ? "equal" : "DIFFER FROM");
+        failures += !same;
+    }
+    return failures;
+}

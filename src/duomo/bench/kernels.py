@@ -1,0 +1,132 @@
+"""How fast packed weights are multiplied: `python -m duomo.bench.kernels [--seconds 0.5] [--json FILE]`.
+
+Weights per second of one token through one matrix, the best of many rounds: in cache on one thread against
+our own int8 kernel, and from memory on all threads against a plain reader of as many bytes. Prefill is the
+same matrix under many tokens. Rounds of the things compared alternate, so that a noisy moment meets both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from duomo import _native
+from duomo.kernels.weights import Int8Weight, PackedWeight, TrellisWeight
+from duomo.trellis import LCC2_10, LCC2_12, LCC2_14, LCC4_12, IntTensor, TrellisBank, TrellisCode
+
+ROWS, COLUMNS = 3072, 2560  # gate and up of a text expert of VL-28B-A3B
+ISAS = ("avx512", "avx2", "portable", "neon")
+
+
+def random_bank(code: TrellisCode, count: int) -> TrellisWeight:
+    rng = np.random.default_rng(0)
+    codes = np.frombuffer(rng.bytes(count * ROWS * COLUMNS * code.bits // 8), np.uint8)
+    scale = np.full((count, ROWS), 0.02, np.float16)
+    return TrellisWeight(TrellisBank(code, codes.reshape(count, -1), scale, (count, ROWS, COLUMNS), 1))
+
+
+def random_int8() -> Int8Weight:
+    levels = np.frombuffer(np.random.default_rng(0).bytes(ROWS * COLUMNS), np.int8).reshape(ROWS, COLUMNS)
+    return Int8Weight(IntTensor(np.maximum(levels, -127), np.full(ROWS, 0.02, np.float16), 8, 1))
+
+
+def product(weight: PackedWeight, tokens: int = 1) -> Callable[[int], None]:
+    """A call that multiplies `tokens` rows by matrix `index`, without Python's part of packed_linear."""
+    x, y = torch.randn(tokens, COLUMNS), torch.empty(tokens, ROWS)
+    native, places = weight.native, (x.data_ptr(), tokens, y.data_ptr())
+
+    def run(index: int = 0, keep: tuple[torch.Tensor, ...] = (x, y)) -> None:
+        if isinstance(weight, Int8Weight):
+            native.linear(*places)
+        else:
+            native.linear(index, *places)
+
+    return run
+
+
+def best_seconds(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
+    """Least time of each call, in turns, for about `seconds` each."""
+    best = dict.fromkeys(calls, float("inf"))
+    end = time.perf_counter() + seconds * len(calls)
+    while time.perf_counter() < end:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def measure_cache(isa: str, seconds: float) -> dict[str, float]:
+    """G weights/s of one thread over one matrix, again and again."""
+    _native.set_isa(isa)
+    _native.set_num_threads(1)
+    codes = {code.name: product(random_bank(code, 1)) for code in (LCC2_10, LCC2_12, LCC2_14, LCC4_12)}
+    calls = {**codes, "int8": product(random_int8())}
+    best = best_seconds({name: lambda call=call: call(0) for name, call in calls.items()}, seconds)  # type: ignore[misc]
+    return {name: ROWS * COLUMNS / value / 1e9 for name, value in best.items()}
+
+
+def measure_memory(code: TrellisCode, seconds: float, num_bytes: int = 1 << 29) -> dict[str, float]:
+    """GB/s of all threads over a bank far larger than the caches, and of a plain reader over the same bytes."""
+    _native.set_isa("")
+    _native.set_num_threads(0)
+    count = num_bytes * 8 // code.bits // (ROWS * COLUMNS)
+    weight = random_bank(code, count)
+    run, flat = product(weight), weight.stored.codes.reshape(-1)
+
+    def all_matrices() -> None:
+        for index in range(count):
+            run(index)
+
+    def read() -> None:
+        _native.read_all(flat)
+
+    best = best_seconds({"product": all_matrices, "reader": read}, seconds)
+    out = {name: flat.nbytes / value / 1e9 for name, value in best.items()}
+    return out | {"share": out["product"] / out["reader"]}
+
+
+def measure_prefill(seconds: float, tokens: int = 512) -> dict[str, float]:
+    """G multiply-adds/s of all threads with many tokens; torch's bf16 product beside it."""
+    _native.set_isa("")
+    _native.set_num_threads(0)
+    x, w = torch.randn(tokens, COLUMNS).bfloat16(), torch.randn(ROWS, COLUMNS).bfloat16()
+    calls: dict[str, Callable[[], None]] = {
+        code.name: (lambda call=product(random_bank(code, 1), tokens): call(0))  # type: ignore[misc]
+        for code in (LCC2_12, LCC4_12)
+    }
+    calls["int8"] = lambda call=product(random_int8(), tokens): call(0)  # type: ignore[misc]
+    calls["torch bf16"] = lambda: torch.nn.functional.linear(x, w)  # type: ignore[assignment, return-value]
+    best = best_seconds(calls, seconds)
+    return {name: tokens * ROWS * COLUMNS / value / 1e9 for name, value in best.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    options = parser.parse_args()
+    figures: dict[str, object] = {"machine": platform.processor() or platform.machine()}
+    for isa in ISAS:
+        _native.set_isa(isa)
+        if _native.current_isa() == isa:
+            figures[f"in cache, one thread, {isa} (G weights/s)"] = measure_cache(isa, options.seconds)
+    for code in (LCC2_12, LCC4_12):
+        figures[f"from memory, all threads, {code.name} (GB/s)"] = measure_memory(code, 4 * options.seconds)
+    figures["512 tokens, all threads (G multiply-adds/s)"] = measure_prefill(options.seconds)
+    for name, value in figures.items():
+        shown = ", ".join(f"{k} {v:.3g}" for k, v in value.items()) if isinstance(value, dict) else value
+        print(f"{name}: {shown}")
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
