@@ -16,7 +16,7 @@ from duomo.engine.request import Request
 from duomo.engine.scheduler import Work
 from duomo.model.config import ModelConfig
 from duomo.model.inputs import Batch
-from duomo.model.positions import build_positions, token_routes
+from duomo.model.positions import Ints, build_positions, token_routes
 from duomo.processing.prompt import Grid, MediaSpan
 
 
@@ -31,7 +31,7 @@ class Track:
         self.media = request.media
         self.features: dict[int, Tensor] = {}  # by index of the medium, while its tokens are computed
 
-    def slice(self, start: int, stop: int) -> np.ndarray:  # type: ignore[type-arg]
+    def slice(self, start: int, stop: int) -> Ints:
         """Positions [3, stop - start]."""
         inside = self.positions[:, start : min(stop, self.num_prompt)]
         first = max(start, self.num_prompt) - self.num_prompt + self.next_position

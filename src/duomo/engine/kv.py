@@ -114,4 +114,5 @@ class PagedCache:
             total = total + weight.sum(-1, keepdim=True)
             out = out + weight @ values[:, :, part].contiguous()
         out = (out / total)[:, :, :num_rows].unflatten(2, (num_new, share))
-        return out.permute(0, 2, 1, 3, 4).reshape(num_seqs * num_new, num_heads, head_dim)
+        packed: Tensor = out.permute(0, 2, 1, 3, 4).reshape(num_seqs * num_new, num_heads, head_dim)
+        return packed

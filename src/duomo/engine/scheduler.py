@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from duomo.engine.pages import PagePool
 from duomo.engine.prefix import PrefixKeys
@@ -94,11 +95,7 @@ class Scheduler:
         """Queues a request. PromptTooLong if it could never run."""
         limit = self.max_model_tokens
         if len(request.ids) >= limit:
-            raise PromptTooLong(
-                f"the prompt has {len(request.ids)} tokens; with room for an answer at most {limit - 1} fit",
-                needed=len(request.ids),
-                available=limit - 1,
-            )
+            self.refuse(request)
         keys = PrefixKeys(self.pool.page_size, request.adapter, request.salt, request.media)
         sequence = Sequence(request, self._arrivals, list(request.ids), keys, len(request.ids))
         room = limit - len(request.ids)
@@ -106,6 +103,14 @@ class Scheduler:
         self._arrivals += 1
         insort(self.waiting, sequence, key=lambda s: s.order)
         return sequence
+
+    def refuse(self, request: Request) -> NoReturn:
+        most, given = self.max_model_tokens - 1, len(request.ids)
+        raise PromptTooLong(
+            f"the prompt has {given} tokens; with room for an answer at most {most} fit",
+            needed=given,
+            available=most,
+        )
 
     def remove(self, sequence: Sequence) -> None:
         """Finished or cancelled: its pages are given back at once."""

@@ -1,0 +1,116 @@
+"""One answer as it grows: governor, grammar, sampler and stops asked in that order, token by token.
+
+Stop strings, stop ids, min_tokens and the grammar look at the answer alone; the thinking before it is bound
+by its budget. `cause` names what ended the answer, more precisely than a finish reason can.
+"""
+
+from __future__ import annotations
+
+import codecs
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from duomo.engine.governor import Governor
+from duomo.engine.grammar import Grammar
+from duomo.engine.request import FinishReason, Request, TokenLogprob
+from duomo.engine.sampler import Sampler, token_logprob
+from duomo.engine.stops import StopMatcher
+from duomo.engine.vocabulary import Vocabulary
+
+
+@dataclass(slots=True)
+class Pending:
+    """What has been drawn since the last report."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+class Answer:
+    """GrammarError on construction if the constraint cannot be used."""
+
+    def __init__(self, request: Request, vocabulary: Vocabulary, max_tokens: int = 1) -> None:
+        params = request.params
+        self._params, self._vocabulary, self.max_tokens = params, vocabulary, max_tokens
+        seed = zlib.crc32(request.request_id.encode()) if params.seed is None else params.seed
+        self._sampler = Sampler(params, request.ids, seed, _bad_words(params.bad_words, vocabulary))
+        self._grammar = Grammar(params.constraint, vocabulary) if params.constraint else None
+        wrap_up = vocabulary.encode(params.wrap_up) if params.wrap_up else []
+        self.governor = Governor(request.is_thinking, vocabulary.think_end, params.thinking_budget, wrap_up)
+        self._stops = StopMatcher(params.stop)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.num_tokens = 0
+        self.num_reasoning = 0
+        self.finish_reason: FinishReason | None = None
+        self.cause = ""
+        self.pending = Pending()
+
+    def step(self, logits: npt.NDArray[np.float32]) -> int:
+        """Draws the next token from its row of logits and takes it in."""
+        token = self.governor.next_token()
+        if token is None:
+            token = self.governor.replace(self._draw(logits), self._vocabulary.eos_ids)
+        if self._params.logprobs is not None:
+            self.pending.logprobs.append(token_logprob(logits, token, self._params.logprobs))
+        self._accept(token)
+        return token
+
+    def take_pending(self) -> Pending:
+        taken, self.pending = self.pending, Pending()
+        return taken
+
+    def _draw(self, logits: npt.NDArray[np.float32]) -> int:
+        params, is_thinking = self._params, self.governor.is_thinking
+        banned: list[int] = []
+        if params.ignore_eos or (not is_thinking and self.num_tokens < params.min_tokens):
+            banned = [*self._vocabulary.eos_ids, *params.stop_token_ids]
+        if not is_thinking and self._vocabulary.think_end is not None and self._grammar is not None:
+            banned.append(self._vocabulary.think_end)
+        allowed = None
+        if self._grammar is not None and not is_thinking:
+            allowed = self._grammar.allowed()
+            if not allowed.any() or (banned and not np.delete(allowed, banned).any()):
+                banned = []  # a finished grammar outweighs min_tokens
+        return self._sampler.draw(logits, banned, allowed)
+
+    def _accept(self, token: int) -> None:
+        was_thinking = self.governor.is_thinking
+        self.governor.accept(token)
+        self._sampler.accept(token)
+        self.num_tokens += 1
+        self.pending.token_ids.append(token)
+        if was_thinking:
+            self.num_reasoning += token != self._vocabulary.think_end
+        else:
+            self._look_for_the_end(token)
+        if self.finish_reason is None and self.num_tokens >= self.max_tokens:
+            self._finish("length", "length")
+
+    def _look_for_the_end(self, token: int) -> None:
+        params = self._params
+        is_early = self.num_tokens <= params.min_tokens
+        if token in self._vocabulary.eos_ids and not params.ignore_eos:
+            return self._finish("stop", "eos")
+        if token in params.stop_token_ids and not is_early:
+            return self._finish("stop", "stop_id")
+        if self._grammar is not None:
+            self._grammar.advance(token)
+            if self._grammar.is_over:
+                return self._finish("stop", "grammar")
+        if params.stop and token not in self._vocabulary.special_ids:
+            self._stops.feed(self._decoder.decode(self._vocabulary.tokens[token]))
+            if self._stops.found is not None:
+                return self._finish("stop", "stop_string")
+        return None
+
+    def _finish(self, reason: FinishReason, cause: str) -> None:
+        self.finish_reason, self.cause = reason, cause
+
+
+def _bad_words(words: tuple[str, ...], vocabulary: Vocabulary) -> list[tuple[int, ...]]:
+    """Each word as it is encoded at the start of a text and after a blank."""
+    spelled = {tuple(vocabulary.encode(form)) for word in words for form in (word, " " + word.lstrip())}
+    return [ids for ids in spelled if ids]

@@ -1,0 +1,309 @@
+"""The loop that joins scheduler, runner and answers: one thread, one step at a time.
+
+Whoever asks hands in a `Request` and a sink; every step the sink gets an `Output`. Sinks are called on the
+engine's thread and must not block. If the loop dies, every open request hears of it at once, and later ones
+are refused with the cause.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from duomo.engine.answer import Answer
+from duomo.engine.pages import PagePool
+from duomo.engine.request import Output, Request, TokenLogprob
+from duomo.engine.runner import Floats, Runner
+from duomo.engine.sampler import token_logprob
+from duomo.engine.scheduler import Scheduler, Sequence, Work
+from duomo.engine.speculation import propose
+from duomo.engine.vocabulary import Vocabulary
+from duomo.errors import ConfigError, EngineError, PromptError
+
+Sink = Callable[[Output], None]
+
+
+@dataclass(slots=True)
+class _Open:
+    sequence: Sequence
+    answer: Answer
+    sink: Sink
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    num_scored: int = 1
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the start. Times in seconds."""
+
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    cached_tokens: int = 0
+    queried_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_drafts: int = 0
+    finished: int = 0
+    model_s: float = 0.0
+    scheduling_s: float = 0.0
+
+
+class Engine:
+    """`step` may be driven by hand (tests); `start` drives it from a thread of its own."""
+
+    def __init__(
+        self, runner: Runner, vocabulary: Vocabulary, scheduler: Scheduler, num_drafts: int = 0
+    ) -> None:
+        self.runner, self.vocabulary, self.scheduler = runner, vocabulary, scheduler
+        self.num_drafts = num_drafts
+        self.counters = Counters()
+        self.failure: str | None = None
+        self._open: dict[str, _Open] = {}
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        self._inbox: list[Callable[[], None]] = []
+        self._thread: threading.Thread | None = None
+        self._is_closing = False
+
+    # ---- asked from any thread ----
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Queues a request. PromptTooLong, GrammarError or ConfigError if it can never be answered."""
+        self.validate(request)
+        answer = Answer(request, self.vocabulary, 1)
+        self._post(lambda: self._add(request, answer, sink))
+
+    def cancel(self, request_id: str) -> None:
+        """Before the next step begins the request is gone and its pages are free."""
+        self._post(lambda: self._cancel(request_id))
+
+    def answer_now(self, request_id: str) -> None:
+        """Closes the thinking of a running request: its next token is `</think>`."""
+        self._post(lambda: self._answer_now(request_id))
+
+    def reset_caches(self) -> None:
+        def reset() -> None:
+            self.scheduler.pool.forget()
+            for entry in self._open.values():
+                entry.sequence.num_named = len(entry.sequence.pages)
+            self.runner.reset()
+
+        self._post(reset)
+
+    def validate(self, request: Request) -> None:
+        if self.failure is not None:
+            raise EngineError(f"the engine has stopped: {self.failure}", cause=self.failure)
+        if not request.ids:
+            raise PromptError("the prompt is empty; give at least one token")
+        size = self.runner.vocab_size
+        if not all(0 <= token < size for token in request.ids):
+            raise PromptError(f"a prompt id is outside the vocabulary of {size}")
+        bad = [token for token in request.params.logit_bias if not 0 <= token < size]
+        if bad:
+            raise ConfigError(f"logit_bias names token {bad[0]}; ids are 0 to {size - 1}", name="logit_bias")
+        limit = self.scheduler.max_model_tokens
+        if len(request.ids) >= limit:
+            self.scheduler.refuse(request)
+
+    def stats(self) -> dict[str, float]:
+        pool, counters = self.scheduler.pool, self.counters
+        values: dict[str, float] = {name: getattr(counters, name) for name in Counters.__dataclass_fields__}
+        values |= {
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            "preemptions": self.scheduler.num_preemptions,
+            "pages": pool.num_pages,
+            "pages_held": pool.num_held,
+            "kv_usage": pool.num_held / max(1, pool.num_pages),
+        }
+        return values | {name: float(value) for name, value in self.runner.counters().items()}
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="duomo-engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stops the loop; open requests end as cancelled."""
+        with self._wake:
+            self._is_closing = True
+            self._wake.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=30)
+        self._end_all("abort", "closed")
+        self.failure = self.failure or "it was closed"
+
+    @property
+    def is_alive(self) -> bool:
+        return self.failure is None
+
+    # ---- on the engine's thread ----
+
+    def step(self) -> bool:
+        """Takes in what was posted and runs one step. False if there is nothing to do."""
+        with self._lock:
+            posted, self._inbox = self._inbox, []
+        for act in posted:
+            act()
+        begun = time.perf_counter()
+        step = self.scheduler.schedule()
+        starts = [self._logit_start(work) for work in step.works]
+        scheduled = time.perf_counter()
+        if not step.works and not step.swap_out and not step.swap_in:
+            return False
+        logits = self.runner.execute(step, starts)
+        computed = time.perf_counter()
+        for work, first, rows in zip(step.works, starts, logits, strict=True):
+            self._take(work, first, rows)
+        self.counters.num_steps += 1
+        self.counters.model_s += computed - scheduled
+        self.counters.scheduling_s += scheduled - begun + time.perf_counter() - computed
+        return True
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._wake:
+                    while not self._inbox and not self._has_work() and not self._is_closing:
+                        self._wake.wait()
+                    if self._is_closing:
+                        return
+                self.step()
+        except BaseException as error:
+            self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            self._end_all("error", self.failure)
+            raise
+
+    def _has_work(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def _post(self, act: Callable[[], None]) -> None:
+        with self._wake:
+            if self.failure is not None:
+                raise EngineError(f"the engine has stopped: {self.failure}", cause=self.failure)
+            self._inbox.append(act)
+            self._wake.notify_all()
+
+    def _add(self, request: Request, answer: Answer, sink: Sink) -> None:
+        if request.request_id in self._open:
+            sink(Output(request.request_id, finish_reason="error", cause="this request id is in use"))
+            return
+        sequence = self.scheduler.add(request)
+        answer.max_tokens = sequence.max_tokens
+        self._open[request.request_id] = _Open(sequence, answer, sink)
+        self.counters.prompt_tokens += len(request.ids)
+
+    def _cancel(self, request_id: str) -> None:
+        entry = self._open.get(request_id)
+        if entry is not None:
+            self._close(entry, "abort", "cancelled")
+
+    def _answer_now(self, request_id: str) -> None:
+        entry = self._open.get(request_id)
+        if entry is not None:
+            entry.answer.governor.answer_now()
+
+    def _logit_start(self, work: Work) -> int:
+        """From which of a work's tokens on logits are needed: none, the last and its drafts, or all."""
+        if work.sequence.request.params.prompt_logprobs is not None and work.start < work.sequence.num_prompt:
+            return 0
+        return work.count - 1 - len(work.drafts) if work.reaches_end else work.count
+
+    def _take(self, work: Work, first: int, rows: Floats) -> None:
+        entry = self._open[work.sequence.request.request_id]
+        self._score_prompt(entry, work, rows)
+        if not work.reaches_end:
+            self.scheduler.advance(work, work.count)
+            return
+        sequence, answer = work.sequence, entry.answer
+        drawn = work.count - 1 - len(work.drafts) - first
+        kept = work.count - len(work.drafts)
+        for index in range(len(work.drafts) + 1):
+            token = answer.step(rows[drawn + index])
+            sequence.ids.append(token)
+            if answer.finish_reason or index == len(work.drafts) or token != work.drafts[index]:
+                break
+            kept += 1
+        self.counters.drafted_tokens += len(work.drafts)
+        self.counters.accepted_drafts += kept - work.count + len(work.drafts)
+        self.scheduler.advance(work, kept)
+        sequence.drafts = propose(sequence.ids, self.num_drafts) if self.num_drafts else []
+        self._report(entry)
+
+    def _score_prompt(self, entry: _Open, work: Work, rows: Floats) -> None:
+        params = entry.sequence.request.params
+        if params.prompt_logprobs is None or work.start >= entry.sequence.num_prompt:
+            return
+        ids = entry.sequence.request.ids
+        for index in range(work.start + 1, min(work.start + work.count + 1, len(ids))):
+            if index >= entry.num_scored:
+                entry.num_scored += 1
+                row = rows[index - 1 - work.start]
+                entry.prompt_logprobs.append(token_logprob(row, ids[index], params.prompt_logprobs))
+
+    def _report(self, entry: _Open) -> None:
+        answer = entry.answer
+        self.counters.generated_tokens += len(answer.pending.token_ids)
+        if answer.finish_reason is not None:
+            self._close(entry, answer.finish_reason, answer.cause)
+        else:
+            entry.sink(self._output(entry))
+
+    def _output(self, entry: _Open, **end: str) -> Output:
+        pending = entry.answer.take_pending()
+        is_scored = entry.sequence.request.params.prompt_logprobs is not None
+        prompt_logprobs, entry.prompt_logprobs = entry.prompt_logprobs if is_scored else [], []
+        return Output(
+            request_id=entry.sequence.request.request_id,
+            token_ids=tuple(pending.token_ids),
+            logprobs=tuple(pending.logprobs),
+            prompt_logprobs=tuple(prompt_logprobs),
+            num_reasoning=entry.answer.num_reasoning,
+            num_cached=entry.sequence.num_cached,
+            finish_reason=end.get("reason"),  # type: ignore[arg-type]
+            cause=end.get("cause", ""),
+        )
+
+    def _close(self, entry: _Open, reason: str, cause: str) -> None:
+        sequence = entry.sequence
+        del self._open[sequence.request.request_id]
+        self.scheduler.remove(sequence)
+        self.runner.forget(sequence)
+        self.counters.finished += 1
+        self.counters.cached_tokens += sequence.num_cached
+        self.counters.queried_tokens += sequence.num_prompt
+        entry.sink(self._output(entry, reason=reason, cause=cause))
+
+    def _end_all(self, reason: str, cause: str) -> None:
+        for entry in list(self._open.values()):
+            self._open.pop(entry.sequence.request.request_id, None)
+            entry.sink(self._output(entry, reason=reason, cause=cause))
+
+
+def build_engine(
+    runner: Runner,
+    vocabulary: Vocabulary,
+    *,
+    num_pages: int,
+    page_size: int,
+    max_sequences: int = 64,
+    max_step_tokens: int = 512,
+    max_model_tokens: int = 1 << 17,
+    has_prefix_cache: bool = True,
+    num_drafts: int = 0,
+) -> Engine:
+    pool = PagePool(num_pages, page_size)
+    scheduler = Scheduler(pool, max_sequences, max_step_tokens, max_model_tokens, has_prefix_cache)
+    return Engine(runner, vocabulary, scheduler, num_drafts)
+
+
+def run_all(engine: Engine, requests: Seq[Request]) -> dict[str, list[Output]]:
+    """Drives the engine by hand until every request is finished."""
+    outputs: dict[str, list[Output]] = {request.request_id: [] for request in requests}
+    for request in requests:
+        engine.submit(request, outputs[request.request_id].append)
+    while engine.step():
+        pass
+    return outputs
