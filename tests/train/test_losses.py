@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-from tests.tiny import TINY
 
 from duomo.kernels import Routing
 from duomo.model import BankConfig
 from duomo.model.experts import Router
 from duomo.train.joint_stage import balance_loss, router_z_loss, update_bias
+from tests.tiny import TINY
 
 
 def a_router() -> Router:

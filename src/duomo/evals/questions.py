@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import numpy as np
@@ -21,7 +21,8 @@ from duomo.tasks.scene import Pixels
 
 SEED = 451
 NUM_READ = 900
-NUM_OTHER = 300
+NUM_OTHER = 200
+SPACING, CLOSE = 0.85, 0.72  # least distance of neighbouring digits, of their size; at 0.72 some touch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,10 +62,16 @@ def frozen_questions(
 def _examples(pool: Handwriting, num_read: int, num_other: int) -> Iterator[Example]:
     rng = np.random.default_rng([SEED, 0])
     for _ in range(num_read):
-        example = digits.generate(rng, pool)
+        example = digits.generate(rng, pool, min_spacing=SPACING)
         reads = [turn for turn in example.turns if turn.kind == "digits/read"][:1]
         others = [turn for turn in example.turns if turn.kind != "digits/read"]
         yield Example((*reads, *others), example.scene, example.picture)
+    rng = np.random.default_rng([SEED, 3])
+    for _ in range(num_other):
+        example = digits.generate(rng, pool, min_spacing=CLOSE)
+        yield Example(
+            (replace(example.turns[0], kind="digits/read touching"),), example.scene, example.picture
+        )
     rng = np.random.default_rng([SEED, 1])
     for _ in range(4 * num_other):
         yield shapes.generate(rng, "test", num_turns=2)

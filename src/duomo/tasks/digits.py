@@ -63,12 +63,16 @@ def draw_number(rng: np.random.Generator) -> list[int]:
 
 
 def draw_line(
-    rng: np.random.Generator, pool: Handwriting, digits: list[int], canvas_px: tuple[int, int]
+    rng: np.random.Generator,
+    pool: Handwriting,
+    digits: list[int],
+    canvas_px: tuple[int, int],
+    min_spacing: float = 0.72,
 ) -> tuple[Pixels, list[Placed]]:
     """Writes the digits from left to right somewhere on the canvas."""
     height, width = canvas_px
     size = min(rng.uniform(26, 38), (width - 4) / (0.8 * len(digits) + 0.2), height - 6.0)
-    pitch = min(size * rng.uniform(0.72, 1.0), (width - size) / max(1, len(digits) - 1))
+    pitch = min(size * rng.uniform(min_spacing, 1.0), (width - size) / max(1, len(digits) - 1))
     span = pitch * (len(digits) - 1) + size
     left = rng.uniform(0, max(width - span, 0)) + size / 2
     middle = rng.uniform(size / 2, height - size / 2)
@@ -120,12 +124,16 @@ def colour(rng: np.random.Generator, ink: npt.NDArray[np.float32]) -> Pixels:
 
 
 def generate(
-    rng: np.random.Generator, pool: Handwriting, canvas_px: tuple[int, int] | None = None, num_turns: int = 4
+    rng: np.random.Generator,
+    pool: Handwriting,
+    canvas_px: tuple[int, int] | None = None,
+    num_turns: int = 4,
+    min_spacing: float = 0.72,
 ) -> Example:
     """A number and several questions about it, in both languages, with and without thinking."""
     digits = draw_number(rng)
     canvas_px = canvas_px or CANVASES_PX[int(rng.integers(len(CANVASES_PX)))]
-    picture, _ = draw_line(rng, pool, digits, canvas_px)
+    picture, _ = draw_line(rng, pool, digits, canvas_px, min_spacing)
     makers = [_read, _add, _add_thinking, _largest, _how_many]
     chosen = [_read, *(makers[i] for i in rng.choice(5, size=num_turns - 1, p=(0.3, 0.2, 0.3, 0.1, 0.1)))]
     turns = tuple(make(rng, digits, _language(rng)) for make in chosen)

@@ -20,7 +20,7 @@ from duomo.model import Ernie
 from duomo.model.experts import Router
 from duomo.tasks import Example, Handwriting, Split, dialogue, digits, shapes
 from duomo.train.batches import BlockCache, TrainingBatch, collate, model_batch, patches_tensor
-from duomo.train.recipe import Recipe
+from duomo.train.recipe import Stage
 from duomo.train.render import IGNORE, Renderer
 
 
@@ -29,18 +29,18 @@ def example_batch(
     pool: Handwriting,
     split: Split,
     renderer: Renderer,
-    recipe: Recipe,
+    stage: Stage,
     batch_size: int,
 ) -> TrainingBatch:
     """Examples of all families by their shares; pictures of digits on one canvas size a batch."""
     canvas_px = digits.CANVASES_PX[int(rng.integers(len(digits.CANVASES_PX)))]
-    names, shares = list(recipe.shares), np.array(list(recipe.shares.values()))
+    names, shares = [n for n, _ in stage.shares], np.array([share for _, share in stage.shares])
     counts = np.round(shares * batch_size).astype(int)
     examples: list[Example] = []
     for name, count in zip(names, counts, strict=True):
         for _ in range(count):
             if name == "digits":
-                examples.append(digits.generate(rng, pool, canvas_px))
+                examples.append(digits.generate(rng, pool, canvas_px, min_spacing=stage.min_spacing))
             elif name == "shapes":
                 examples.append(shapes.generate(rng, split))
             else:

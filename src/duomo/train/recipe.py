@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from duomo.model import BankConfig, ModelConfig, SpecialIds, VisionConfig
 from duomo.processing.tokenizer import Tokenizer
@@ -19,6 +19,9 @@ class Stage:
     tower_rate: float = 1.0
     warmup_steps: int = 100
     decay_from: float = 0.5  # share of the steps after which the rate falls linearly to a twentieth
+    cell_weight: float = 0.0  # of the dense loss on a second batch of pictures, in a joint stage
+    min_spacing: float = 0.72  # of a digit's size, between neighbours: at 0.72 some touch
+    shares: tuple[tuple[str, float], ...] = (("digits", 0.5), ("shapes", 0.35), ("text", 0.15))
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,17 @@ class Recipe:
     stages: tuple[Stage, ...] = (
         Stage("vision", num_steps=5000, batch_size=32, rate=2e-3, decay_from=0.7),
         Stage("joint", num_steps=3200, batch_size=32, rate=1.5e-3, tower_rate=0.3),
+        Stage(
+            "reading",
+            num_steps=800,
+            batch_size=32,
+            rate=1e-3,
+            tower_rate=1.0,
+            decay_from=0.25,
+            cell_weight=0.5,
+            min_spacing=0.85,
+            shares=(("digits", 0.65), ("shapes", 0.25), ("text", 0.1)),
+        ),
     )
     weight_decay: float = 0.05
     clip: float = 1.0
@@ -37,13 +51,13 @@ class Recipe:
     router_z: float = 1e-4
     bias_update: float = 1e-3
     checkpoint_seconds: float = 120.0
-    shares: dict[str, float] = field(default_factory=lambda: {"digits": 0.5, "shapes": 0.35, "text": 0.15})
 
     def with_steps(self, *steps: int | None) -> Recipe:
         """Other lengths of the stages, in order; None keeps one."""
+        padded = [*steps, *[None] * len(self.stages)]
         stages = tuple(
             stage if count is None else replace(stage, num_steps=count)
-            for stage, count in zip(self.stages, steps, strict=True)
+            for stage, count in zip(self.stages, padded, strict=False)
         )
         return replace(self, stages=stages)
 

@@ -80,8 +80,10 @@ def build_optimizer(model: Ernie, head: nn.Module, stage: Stage, recipe: Recipe)
     """Groups by rate and decay: matrices decay, gains, biases and embeddings do not."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     named = dict(model.named_parameters())
+    # The head of the dense stage stays in every optimizer that has a dense loss.
     if stage.name == "vision":
         named = {n: p for n, p in named.items() if n.startswith(("vision_tower.", "resampler."))}
+    if stage.name == "vision" or stage.cell_weight:
         named |= {f"head.{n}": p for n, p in head.named_parameters()}
     for name, parameter in named.items():
         if not parameter.requires_grad:
@@ -127,8 +129,11 @@ def _run_stage(
         if stage.name == "vision":
             loss, score = vision_stage.cell_loss(model, head, batch)
         else:
-            loss, right = joint_stage.answer_loss(model, batch)
+            questions, cells = batch
+            loss, right = joint_stage.answer_loss(model, questions)
             score = float(right.float().mean())
+            if cells is not None:
+                loss = loss + stage.cell_weight * vision_stage.cell_loss(model, head, cells)[0]
         seen = watch.take()
         total: Tensor = loss
         for router, routing in seen:
@@ -141,10 +146,10 @@ def _run_stage(
         joint_stage.update_bias(seen, recipe.bias_update)
         state.step = step + 1
         meter.note(float(loss.detach()), score)
-        if state.step % 100 == 0:
+        if state.step % 20 == 0:
             say(meter.line(state))
-        if state.step % 500 == 0 and stage.name == "joint":
-            say("  dev: " + dev_line(model, recipe, folder, cache_folder))
+        if state.step % 500 == 0 and stage.name != "vision":
+            say("  dev: " + dev_line(model, stage, recipe, folder, cache_folder))
             watch.take()
         state.save_if_due(model, head, optimizer)
     for handle in watch.handles:
@@ -152,14 +157,14 @@ def _run_stage(
 
 
 @torch.no_grad()
-def dev_line(model: Ernie, recipe: Recipe, folder: Path, cache_folder: Path) -> str:
+def dev_line(model: Ernie, stage: Stage, recipe: Recipe, folder: Path, cache_folder: Path) -> str:
     """Exact answers by kind on development data, the same at every call."""
     renderer = Renderer(Tokenizer.load(folder))
     pool = load_pool(cache_folder, "dev")
     found: dict[str, list[bool]] = defaultdict(list)
     for index in range(DEV_BATCHES):
         rng = np.random.default_rng([recipe.seed, 999, index])
-        batch = joint_stage.example_batch(rng, pool, "dev", renderer, recipe, 64)
+        batch = joint_stage.example_batch(rng, pool, "dev", renderer, stage, 64)
         _, right = joint_stage.answer_loss(model, batch)
         for kind, verdicts in joint_stage.exact_answers(batch, right).items():
             found[kind] += verdicts
@@ -266,7 +271,10 @@ def make_batch(recipe: Recipe, stage: Stage, folder: str, cache_folder: str, ste
     if stage.name == "vision":
         return vision_stage.cell_batch(rng, pool, stage.batch_size, step / stage.num_steps)
     renderer = _renderer(folder)
-    return joint_stage.example_batch(rng, pool, "train", renderer, recipe, stage.batch_size)
+    questions = joint_stage.example_batch(rng, pool, "train", renderer, stage, stage.batch_size)
+    if not stage.cell_weight:
+        return questions, None
+    return questions, vision_stage.cell_batch(rng, pool, stage.batch_size, 1.0, stage.min_spacing)
 
 
 @cache

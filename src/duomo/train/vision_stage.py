@@ -45,7 +45,9 @@ class CellBatch:
     colours_R: Array
 
 
-def cell_batch(rng: np.random.Generator, pool: Handwriting, batch_size: int, progress: float) -> CellBatch:
+def cell_batch(
+    rng: np.random.Generator, pool: Handwriting, batch_size: int, progress: float, min_spacing: float = 0.72
+) -> CellBatch:
     """Pictures with a label for every cell; `progress` 0..1 makes the boards harder."""
     patches, grids, kinds, colours = [], [], [], []
     hardness = min(1.0, max(0.0, (progress - 0.05) / 0.4))
@@ -55,7 +57,7 @@ def cell_batch(rng: np.random.Generator, pool: Handwriting, batch_size: int, pro
         if choice < 4:
             picture, kind, colour = _board(rng, pool, hardness)
         elif choice < 8:
-            picture, kind, colour = _line(rng, pool, canvas_px)
+            picture, kind, colour = _line(rng, pool, canvas_px, min_spacing)
         else:
             picture, kind, colour = _scene(rng)
         rows, grid = patchify(picture)
@@ -93,8 +95,10 @@ def _board(rng: np.random.Generator, pool: Handwriting, hardness: float) -> Labe
     return digits.colour(rng, ink), kind, colour
 
 
-def _line(rng: np.random.Generator, pool: Handwriting, canvas_px: tuple[int, int]) -> Labelled:
-    picture, placed = digits.draw_line(rng, pool, digits.draw_number(rng), canvas_px)
+def _line(
+    rng: np.random.Generator, pool: Handwriting, canvas_px: tuple[int, int], min_spacing: float
+) -> Labelled:
+    picture, placed = digits.draw_line(rng, pool, digits.draw_number(rng), canvas_px, min_spacing)
     kind, colour = _empty(*canvas_px)
     for digit, row, column in placed:
         kind[int(row) // FACTOR_PX, int(column) // FACTOR_PX] = 1 + digit
