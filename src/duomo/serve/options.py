@@ -55,6 +55,7 @@ class Options:
         "Where the engine runs: a process of its own, this one, or scripted (fixed text, to try clients).",
         choices=("process", "inline", "scripted"),
     )
+    scripted_delay_s: float = flag(0.0, "Seconds before each token of --engine scripted.", low=0)
     # Thinking and tools
     reasoning_parser: str | None = flag(
         None, "How thinking is told from the answer.", choices=REASONING_PARSERS

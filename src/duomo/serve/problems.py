@@ -71,7 +71,7 @@ STATUS_OF: tuple[tuple[type[errors.Error], int, str], ...] = (
     (errors.GrammarError, 400, "invalid_grammar"),
     (errors.ConfigError, 400, "invalid_value"),
     (errors.OutOfPages, 503, "out_of_memory"),
-    (errors.Aborted, 499, "aborted"),
+    (errors.Aborted, 503, "aborted"),
     (errors.EngineError, 503, "engine_error"),
 )
 

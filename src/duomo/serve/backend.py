@@ -1,0 +1,115 @@
+"""What the server asks of whatever answers: one protocol, so that every test of the wire needs no weights.
+
+`duomo.llm.LLM` is the real one; `serve.scripted` is a small one that speaks fixed text, to try clients with.
+A `Job` is one request in duomo's own terms; pieces of its answers come back as `Piece`s, in order within
+each choice. Closing the iterator cancels the request, at once and for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from duomo.engine.request import FinishReason, SamplingParams, ThinkingMode, Usage
+from duomo.processing.messages import Message, Tool
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Messages for the chat template, or a prompt as text or ids. `tool_choice` may name a tool."""
+
+    id: str
+    params: SamplingParams
+    messages: tuple[Message, ...] = ()
+    prompt: str | tuple[int, ...] | None = None
+    tools: tuple[Tool, ...] = ()
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    priority: int = 0
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolPiece:
+    """A piece of a call: the first has the id and the name, every one a stretch of the arguments' JSON."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInfo:
+    """A token with its log-probability and the best alternatives; text may hold half a character as bytes."""
+
+    text: str
+    logprob: float
+    data: bytes
+    top: tuple[tuple[str, float, bytes], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What came next in choice `index`. The last piece of a choice has `finish_reason` and `usage`."""
+
+    index: int = 0
+    text: str = ""
+    reasoning: str = ""
+    tools: tuple[ToolPiece, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenInfo, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    thinking: ThinkingMode | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Tokens of a prompt, without running it; `media_tokens` one number a picture or video, in order."""
+
+    prompt_tokens: int
+    image_tokens: int = 0
+    video_tokens: int = 0
+    media_tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    name: str
+    max_model_len: int
+    modalities: tuple[str, ...] = ("text", "image", "video")
+    plan: Mapping[str, str] = field(default_factory=dict)  # printed at start: what was decided, and from what
+
+
+class Backend(Protocol):
+    """Errors are of `duomo.errors`; those of the prompt are raised before the first piece."""
+
+    @property
+    def facts(self) -> ModelFacts: ...
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    def stream(self, job: Job) -> AsyncIterator[Piece]: ...
+
+    async def count(self, job: Job) -> Count: ...
+
+    def answer_now(self, job_id: str) -> bool:
+        """Closes the thinking of a running request; False if it does not run or does not think."""
+        ...
+
+    def cancel(self, job_id: str) -> bool:
+        """Ends a request wherever it is; its stream ends with finish_reason "abort". False if none."""
+        ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def gauges(self) -> Mapping[str, float]:
+        """Numbers of this moment: running, waiting, kv_usage (0 to 1) and counters of caches."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,125 @@
+"""Questions about the server itself: health, version, load, metrics, models, tokens, running requests."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
+
+from duomo import __version__
+from duomo.serve import schema
+from duomo.serve.limits import check_caller
+from duomo.serve.problems import Problem
+from duomo.serve.server import answers, json_response, server_of
+
+
+async def health(request: Request) -> Response:
+    """200 when ready, 503 while loading or draining, 500 when failed. Open to anybody."""
+    server = server_of(request)
+    if server.state == "ready" and (server.backend is None or not server.backend.is_alive):
+        server.state, server.failure = "failed", "the engine has stopped"
+    status = {"ready": 200, "failed": 500}.get(server.state, 503)
+    return json_response({"status": server.state}, status=status)
+
+
+async def ping(request: Request) -> Response:
+    """200 while this process lives, whatever the engine does."""
+    return json_response({"status": "alive"})
+
+
+async def version(request: Request) -> Response:
+    return json_response({"version": __version__})
+
+
+async def metrics(request: Request) -> Response:
+    server = server_of(request)
+    try:
+        check_caller(request.headers, server.options)
+        if server.options.metrics_need_key:
+            server.keys.check(request.headers)
+    except Problem as problem:
+        return problem.response()
+    now = dict(server.backend.gauges()) if server.backend else {}
+    return Response(server.metrics.exposition(now), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+@answers
+async def load(request: Request) -> Response:
+    """What runs and waits at this moment."""
+    server = server_of(request)
+    now = dict(server.backend.gauges()) if server.backend else {}
+    return json_response({"server_load": server.gate.inside, **now})
+
+
+@answers
+async def models(request: Request) -> Response:
+    return json_response(schema.ModelList([card(request, name) for name in _names(request)]))
+
+
+@answers
+async def model(request: Request) -> Response:
+    name = request.path_params["name"]
+    if name not in _names(request):
+        raise Problem(404, "model_not_found", f"there is no model {name[:80]!r}", param="model")
+    return json_response(card(request, name))
+
+
+def _names(request: Request) -> tuple[str, ...]:
+    server = server_of(request)
+    return server.options.served_model_name or (server.model_name,)
+
+
+def card(request: Request, name: str) -> schema.ModelCard:
+    server = server_of(request)
+    facts = server.ready().facts
+    return schema.ModelCard(name, server.started, facts.max_model_len, facts.name, list(facts.modalities))
+
+
+class TokenizeRequest(msgspec.Struct):
+    prompt: str
+    model: str = ""
+
+
+class DetokenizeRequest(msgspec.Struct):
+    tokens: list[int]
+    model: str = ""
+
+
+@answers
+async def tokenize(request: Request) -> Response:
+    server = server_of(request)
+    backend = server.ready()
+    call, headers = await server.read(request, TokenizeRequest)
+    ids = backend.encode(call.prompt)
+    facts = {"count": len(ids), "max_model_len": backend.facts.max_model_len, "tokens": ids}
+    return json_response(facts, headers)
+
+
+@answers
+async def detokenize(request: Request) -> Response:
+    server = server_of(request)
+    backend = server.ready()
+    call, headers = await server.read(request, DetokenizeRequest)
+    return json_response({"prompt": backend.decode(call.tokens)}, headers)
+
+
+class ControlRequest(msgspec.Struct):
+    """`answer_now` ends the thinking of a running request; `cancel` ends the request."""
+
+    id: str
+    action: Literal["answer_now", "reasoning_end", "cancel"]
+
+
+@answers
+async def control(request: Request) -> Response:
+    server = server_of(request)
+    backend = server.ready()
+    call, headers = await server.read(request, ControlRequest)
+    act = backend.cancel if call.action == "cancel" else backend.answer_now
+    done = act(call.id)
+    if not done:
+        raise Problem(404, "request_not_found", "no request of this id is running in that state", param="id")
+    return json_response({"id": call.id, "action": call.action, "done": True}, headers)

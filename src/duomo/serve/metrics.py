@@ -1,0 +1,125 @@
+"""What is counted: vLLM's names, so that dashboards work, and duomo's own for pictures and thinking.
+
+No label ever holds anything a client chose: only the served model's name, an endpoint from our own list, a
+finish reason or an error code. Every server has its own registry, so tests and two servers in one process
+never mix.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from duomo.engine.request import Usage
+
+_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_TOKENS = (1, 8, 32, 128, 512, 2048, 8192, 32768, 131072)
+_GAUGES = {
+    "running": ("vllm:num_requests_running", "Requests being computed."),
+    "waiting": ("vllm:num_requests_waiting", "Requests waiting for their turn."),
+    "kv_usage": ("vllm:kv_cache_usage_perc", "Share of pages of keys and values in use, 0 to 1."),
+}
+_ENGINE_COUNTERS = {
+    "prefix_queries": ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
+    "prefix_hits": ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+    "feature_queries": ("vllm:mm_cache_queries", "Pictures looked up in the feature cache."),
+    "feature_hits": ("vllm:mm_cache_hits", "Pictures found in the feature cache."),
+    "preemptions": ("vllm:num_preemptions", "Requests set back for want of pages."),
+}
+
+
+class Metrics:
+    """All series of one server."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._model = model_name
+        self._engine_seen: dict[str, float] = {}
+        self._gauges = {key: self._gauge(*row) for key, row in _GAUGES.items()}
+        self._engine = {key: self._counter(*row) for key, row in _ENGINE_COUNTERS.items()}
+        self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens.")
+        self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens made.")
+        self.cached_tokens = self._counter("vllm:prompt_tokens_cached", "Prompt tokens not computed again.")
+        self.image_tokens = self._counter("duomo:image_tokens", "Prompt tokens that stand for pictures.")
+        self.video_tokens = self._counter("duomo:video_tokens", "Prompt tokens that stand for videos.")
+        self.thinking_tokens = self._counter("duomo:thinking_tokens", "Tokens spent thinking.")
+        self.success = self._counter("vllm:request_success", "Finished requests.", "finished_reason")
+        self.errors = self._counter("duomo:errors", "Error answers by code.", "code")
+        self.requests = self._counter("duomo:http_requests", "Answered requests.", "endpoint", "status")
+        self.cancelled = self._counter("duomo:requests_cancelled", "Requests whose client left.")
+        self.first_token = self._histogram(
+            "vllm:time_to_first_token_seconds", "To the first token.", _SECONDS
+        )
+        self.between = self._histogram("vllm:inter_token_latency_seconds", "Between tokens.", _SECONDS)
+        self.whole = self._histogram("vllm:e2e_request_latency_seconds", "Whole requests.", _SECONDS)
+        self.prompt_size = self._histogram("vllm:request_prompt_tokens", "Prompt tokens a request.", _TOKENS)
+        self.answer_size = self._histogram("vllm:request_generation_tokens", "Tokens a request.", _TOKENS)
+
+    def exposition(self, now: Mapping[str, float]) -> bytes:
+        """The text of /metrics, with the backend's numbers of this moment."""
+        for key, gauge in self._gauges.items():
+            gauge.labels(self._model).set(now.get(key, 0.0))
+        for key, counter in self._engine.items():
+            grown = now.get(key, 0.0) - self._engine_seen.get(key, 0.0)
+            counter.labels(self._model).inc(max(0.0, grown))
+            self._engine_seen[key] = now.get(key, 0.0)
+        return generate_latest(self.registry)
+
+    def count(self, counter: Counter, amount: float = 1.0, *labels: str) -> None:
+        counter.labels(self._model, *labels).inc(amount)
+
+    def watch(self) -> Watch:
+        return Watch(self)
+
+    def observe(self, histogram: Histogram, value: float) -> None:
+        histogram.labels(self._model).observe(value)
+
+    def _gauge(self, name: str, meaning: str) -> Gauge:
+        return Gauge(name, meaning, ["model_name"], registry=self.registry)
+
+    def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
+        return Counter(name, meaning, ["model_name", *labels], registry=self.registry)
+
+    def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, meaning, ["model_name"], registry=self.registry, buckets=buckets)
+
+
+class Watch:
+    """The clock of one request: `token` for each piece, `usage` at each choice's end, then `close`."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics, self._start, self._last = metrics, time.perf_counter(), 0.0
+        self.reasons: list[str] = []
+
+    def token(self) -> None:
+        now = time.perf_counter()
+        if self._last:
+            self._metrics.observe(self._metrics.between, now - self._last)
+        else:
+            self._metrics.observe(self._metrics.first_token, now - self._start)
+        self._last = now
+
+    def usage(self, usage: Usage) -> None:
+        m = self._metrics
+        for counter, amount in (
+            (m.prompt_tokens, usage.prompt_tokens),
+            (m.generation_tokens, usage.completion_tokens),
+            (m.cached_tokens, usage.cached_tokens),
+            (m.image_tokens, usage.image_tokens),
+            (m.video_tokens, usage.video_tokens),
+            (m.thinking_tokens, usage.reasoning_tokens),
+        ):
+            m.count(counter, amount)
+        m.observe(m.prompt_size, usage.prompt_tokens)
+        m.observe(m.answer_size, usage.completion_tokens)
+
+    def close(self) -> None:
+        """Counts the request once: finished for the first choice's reason, or cancelled without one."""
+        m = self._metrics
+        m.observe(m.whole, time.perf_counter() - self._start)
+        if self.reasons:
+            m.count(m.success, 1, self.reasons[0])
+        else:
+            m.count(m.cancelled)

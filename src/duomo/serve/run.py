@@ -1,0 +1,152 @@
+"""Starts the server and ends it: listen first, load beside, drain on SIGTERM, stop on a second one.
+
+`/health` answers from the first moment. On SIGTERM new requests get 503, running ones may finish within
+--shutdown-timeout-s, the rest end with an error event, and the backend is closed before the process exits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import uvicorn
+
+from duomo.errors import Error
+from duomo.serve import logs
+from duomo.serve.app import create_app
+from duomo.serve.backend import Backend
+from duomo.serve.options import Options, parse
+from duomo.serve.scripted import Scripted
+from duomo.serve.server import Server
+
+log = logging.getLogger("duomo.serve")
+Load = Callable[[Options], Awaitable[Backend]]
+
+
+def serve(argv: Sequence[str]) -> int:
+    """The command line's verb. Returns the exit code: 0 after a drain, 1 when the engine failed."""
+    options = parse(argv)
+    for note in options.notes:
+        print(f"duomo: {note}", file=sys.stderr)
+    return asyncio.run(run(options, load_backend))
+
+
+async def load_backend(options: Options) -> Backend:
+    if options.engine == "scripted":
+        return Scripted(delay_s=options.scripted_delay_s, max_model_len=options.max_model_len or 4096)
+    from duomo.serve.engine import open_backend  # torch comes with it
+
+    return await open_backend(options)
+
+
+async def run(options: Options, load: Load) -> int:
+    """Serves until told to stop."""
+    logs.set_up(options.log_level)
+    app = create_app(None, options)
+    server: Server = app.state.server
+    config = uvicorn.Config(
+        app,
+        host=options.host,
+        port=options.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=64 << 10,
+        timeout_graceful_shutdown=2,
+        timeout_keep_alive=30,
+        lifespan="off",
+    )
+    http = _Http(config, server)
+    loading = asyncio.create_task(_load(server, load, http))
+    try:
+        await http.serve()
+    finally:
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
+        if server.backend is not None:
+            await server.backend.close()
+    return 1 if server.state == "failed" else 0
+
+
+class _Http(uvicorn.Server):
+    """uvicorn with our own way of ending: it would close the port at once and die of the signal itself."""
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._server = server
+        self._draining: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self) -> None:
+        if self._draining is not None:
+            self.should_exit = self.force_exit = True
+            return
+        self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        """Refuses what is new, waits for what runs, then ends the rest with an error each."""
+        server = self._server
+        if server.state != "failed":
+            server.state = "draining"
+        log.info("draining", extra={"running": server.gate.inside})
+        await _until(lambda: server.gate.inside == 0, server.options.shutdown_timeout_s)
+        server.abort_all()
+        await _until(lambda: server.gate.inside == 0, 2.0)
+        self.should_exit = True
+
+
+async def _until(holds: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
+
+
+async def _load(server: Server, load: Load, http: _Http) -> None:
+    """Loads, then watches: a dead engine is reloaded or ends the process, as --on-engine-death says."""
+    while True:
+        try:
+            server.backend = await load(server.options)
+        except Error as error:
+            print(f"duomo: {' '.join(error.message.split())}", file=sys.stderr)
+            server.state, server.failure = "failed", "the model could not be loaded"
+            http.should_exit = True
+            return
+        if server.state in ("loading", "failed"):
+            server.state = "ready"
+        _announce(server)
+        while server.backend.is_alive:
+            await asyncio.sleep(0.2)
+        if server.state == "draining":
+            return
+        server.state, server.failure = "failed", "the engine has stopped"
+        log.error("the engine has stopped", extra={"on_engine_death": server.options.on_engine_death})
+        if server.options.on_engine_death == "exit":
+            http.should_exit = True
+            return
+        await server.backend.close()
+        server.state = "loading"
+
+
+def _announce(server: Server) -> None:
+    """The plan that was made and where to call, for people, on stderr."""
+    assert server.backend is not None, "announced before it was loaded"
+    facts, options = server.backend.facts, server.options
+    rows = {"model": facts.name, "context": f"{facts.max_model_len} tokens", **facts.plan}
+    rows["keys"] = f"{len(server.keys)}" if len(server.keys) else "none: anybody who reaches the port may ask"
+    rows["address"] = f"http://{options.host}:{options.port}/"
+    print("\n".join(f"duomo: {name}: {value}" for name, value in rows.items()), file=sys.stderr, flush=True)
