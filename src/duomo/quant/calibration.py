@@ -75,7 +75,11 @@ def _groups(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
 
 @dataclass
 class BankGrams:
-    """Inputs of a bank: per expert, and of the whole layer. `num_tokens` counts real choices only."""
+    """Inputs of a bank: per expert, and of the whole layer. `num_tokens` counts real choices only.
+
+    Held-out inputs of gate and up are kept for the whole layer alone (`gate_up` is empty): 28B-sized Hessians
+    of every expert, twice, would be most of the memory.
+    """
 
     gate_up: list[Gram]
     down: list[Gram]
@@ -99,7 +103,7 @@ class Recorder:
                 self.linears[name] = (Gram(part.weight.shape[1]), Gram(part.weight.shape[1]))
                 self._handles.append(part.register_forward_pre_hook(self._hear_linear(name)))
             elif isinstance(part, ExpertBank):
-                self.banks[name] = (_bank_grams(part), _bank_grams(part))
+                self.banks[name] = (_bank_grams(part), _bank_grams(part, is_held_out=True))
                 self._handles.append(part.register_forward_pre_hook(self._hear_bank(name)))
         return self
 
@@ -121,10 +125,10 @@ class Recorder:
         return hear
 
 
-def _bank_grams(bank: ExpertBank) -> BankGrams:
+def _bank_grams(bank: ExpertBank, is_held_out: bool = False) -> BankGrams:
     num_experts, width, size = bank.down.shape
     return BankGrams(
-        [Gram(width) for _ in range(num_experts)],
+        [] if is_held_out else [Gram(width) for _ in range(num_experts)],
         [Gram(size) for _ in range(num_experts)],
         Gram(width),
         [0] * num_experts,
@@ -148,6 +152,7 @@ def _gather(bank: ExpertBank, hidden_TD: Tensor, grams: BankGrams) -> None:
             own_T = ranks_TE[:, expert] < 2 * router.num_chosen
         rows = own_T.nonzero().squeeze(1)
         inputs, weights = hidden_TD[rows], weights_TE[rows, expert]
-        grams.gate_up[expert].add(inputs, weights)
+        if grams.gate_up:
+            grams.gate_up[expert].add(inputs, weights)
         inner = kernels.swiglu(nn.functional.linear(inputs, bank.gate_up[expert]))
         grams.down[expert].add(inner, weights)

@@ -166,8 +166,8 @@ def _bank_hessians(grams: BankGrams, part: str) -> list[Tensor]:
     return [shrink(gram, pool) for gram in grams.down]
 
 
-def _own(grams: BankGrams, part: str) -> list[Tensor]:
-    return [gram.matrix for gram in (grams.gate_up if part == "gate_up" else grams.down)]
+def _own(held: BankGrams, part: str) -> list[Tensor]:
+    return [held.layer.matrix if part == "gate_up" else gram.matrix for gram in held.down]
 
 
 def _mean_error(

@@ -1,0 +1,67 @@
+"""`duomo quantize`: a checkpoint to 2 bits a weight, or as few as a budget allows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from duomo.errors import ConfigError
+
+
+def quantize(
+    source: Annotated[Path, typer.Argument(help="Folder of a PT, Paddle or native checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; an unfinished run in it goes on.")],
+    bits: Annotated[str, typer.Option(help="The bit plan: 2, 2.3, 4 or auto.")] = "2",
+    calibration: Annotated[
+        Optional[Path],  # noqa: UP045 typer reads this at run time, on Python 3.10 too
+        typer.Option(help="Text, JSON lines or a folder with pictures; without it, plain rounding."),
+    ] = None,
+    budget: Annotated[str, typer.Option(help="Bytes that `auto` may spend, as 9G.")] = "",
+    memory: Annotated[str, typer.Option(help="Refuse to start where one layer needs more, as 16G.")] = "",
+    code: Annotated[str, typer.Option(help="The 2-bit code: lcc2-10, lcc2-12 or lcc2-14.")] = "lcc2-12",
+    threads: Annotated[int, typer.Option(help="Threads of the encoder; 0 takes all cores.")] = 0,
+) -> None:
+    """Bring a checkpoint to 2 bits a weight, with a report; stoppable and resumable."""
+    import os
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    from duomo.checkpoints import load_config
+    from duomo.processing.tokenizer import Tokenizer
+    from duomo.quant.memory import check_memory
+    from duomo.quant.pipeline import quantize as run
+    from duomo.quant.prompts import read_prompts
+    from duomo.trellis.code import preset
+
+    config = load_config(source)
+    prompts = read_prompts(calibration, Tokenizer.load(source), config) if calibration else []
+    if memory:
+        check_memory(config, sum(len(prompt.ids) for prompt in prompts), _bytes(memory))
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
+    with Progress(*columns, TextColumn("{task.fields[left]}"), console=Console(stderr=True)) as bar:
+        task = bar.add_task("quantizing", total=None, left="")
+        report = run(
+            source,
+            target,
+            bits,
+            prompts,
+            _bytes(budget) if budget else 0,
+            preset(code),
+            threads or len(os.sched_getaffinity(0)),
+            lambda step: bar.update(
+                task, completed=step.done, total=step.total, left=f"{step.seconds_left:.0f} s left"
+            ),
+        )
+    everything = report["parts"]["everything"]
+    print(f"{target}: {report['file_bytes']:,} bytes, {everything['bits']:.3f} bits a weight; see report.md")
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)(i?b)?", text.strip().lower())
+    if not match:
+        raise ConfigError(f"{text!r} is no number of bytes; write it as 900M or 8.6G")
+    return int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " "))

@@ -1,0 +1,45 @@
+"""How much memory quantizing needs at its worst moment, from shapes alone: a layer, Hessians, states."""
+
+from __future__ import annotations
+
+import torch
+
+from duomo.errors import ConfigError
+from duomo.model import ModelConfig
+from duomo.model.decoder import DecoderLayer
+from duomo.model.experts import ExpertBank
+from duomo.model.layers import Linear
+
+OVERHEAD_BYTES = 1_500_000_000  # the interpreter, torch, four experts being encoded and their factors
+
+
+def peak_bytes(config: ModelConfig, num_tokens: int) -> int:
+    """float32 throughout: a layer's weights, its Hessians (fitted, held out), four copies of the states."""
+    worst = 0
+    for has_experts in sorted(set(config.expert_layers)):
+        with torch.device("meta"):
+            layer = DecoderLayer(config, has_experts)
+        weights = sum(p.numel() for p in layer.parameters())
+        grams = 0
+        for part in layer.modules():
+            if isinstance(part, Linear):
+                grams += 2 * part.weight.shape[1] ** 2
+            elif isinstance(part, ExpertBank):
+                num_experts, width, size = part.down.shape
+                grams += num_experts * (width**2 + 2 * size**2) + 2 * width**2
+        worst = max(worst, weights + grams)
+    outside = (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size
+    states = 4 * num_tokens * config.hidden_size
+    return 4 * (worst + outside + states) + OVERHEAD_BYTES
+
+
+def check_memory(config: ModelConfig, num_tokens: int, allowed_bytes: int) -> None:
+    """ConfigError, with what would fit, where the peak is above what was allowed."""
+    needed = peak_bytes(config, num_tokens)
+    if needed > allowed_bytes:
+        raise ConfigError(
+            f"quantizing needs about {needed / 1e9:.1f} GB for {num_tokens} calibration tokens, "
+            f"{allowed_bytes / 1e9:.1f} GB are allowed; calibrate on fewer tokens or allow more",
+            needed=needed,
+            allowed=allowed_bytes,
+        )
