@@ -107,7 +107,8 @@ def test_a_a_second_sigterm_stops_at_once():
     process = Process("--scripted-delay-s", "0.5")
     body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
     with httpx.stream("POST", f"{process.url}/v1/chat/completions", json=body) as running:
-        next(running.iter_lines())
+        lines = running.iter_lines()
+        next(lines)
         process.run.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         assert process.run.poll() is None
@@ -160,6 +161,7 @@ def test_b_leaving_frees_everything_at_once(start, stream):
                 raw.recv(10)
             else:
                 assert server.until(lambda: server.backend.gauges()["running"] > 0)
+        assert server.until(lambda: server.backend.gauges()["running"] == 0, 2)
     assert server.until(lambda: server.backend.gauges()["running"] == 0 and server.server.gate.inside == 0, 2)
     assert sample(server, "vllm:num_requests_running") == 0
     assert sample(server, "duomo:requests_cancelled_total") == 20
