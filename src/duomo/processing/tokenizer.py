@@ -8,6 +8,7 @@ embedded model has ERNIE's names in a vocabulary of 4,096.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,7 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self._specials = vocabulary.specials()
         self._special_names = {token_id: name for name, token_id in self._specials.items()}
+        self._forbidden = {i for name, i in self._specials.items() if name != "<unk>" and len(name) > 1}
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -75,8 +77,23 @@ class Tokenizer:
         return self._vocabulary.find(name) if found is None else found
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text. No control token comes out, whatever the text spells."""
-        return self._vocabulary.encode(text) if text else []
+        """Ids of plain text. No control token comes out, whatever the text spells.
+
+        A name that the vocabulary would still match (a SentencePiece symbol) is encoded in two halves; half a
+        surrogate pair, which no vocabulary can spell, becomes U+FFFD.
+        """
+        if not text:
+            return []
+        ids = self._vocabulary.encode(text.encode("utf-8", "surrogatepass").decode("utf-8", "replace"))
+        if self._forbidden.isdisjoint(ids):
+            return ids
+        return [part for token_id in ids for part in self._spelled(token_id)]
+
+    def _spelled(self, token_id: int) -> list[int]:
+        if token_id not in self._forbidden:
+            return [token_id]
+        name = self._special_names[token_id]
+        return self.encode(name[:1]) + self.encode(name[1:])
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes an id stands for; a control token's are those of its name."""
@@ -106,10 +123,12 @@ class _JsonVocabulary:
         # A control token found in a text would be matched by the backend itself, so they are taken out of
         # the file's `added_tokens` before it is built: the vocabulary keeps the ids, texts their letters.
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        # Files in the wild mark <think> and the like as not special; here they are, all the same.
         added = fields.get("added_tokens", [])
-        self._specials = {token["content"]: int(token["id"]) for token in added if token.get("special")}
+        control = [token for token in added if token.get("special") or _is_control(token["content"])]
+        self._specials = {token["content"]: int(token["id"]) for token in control}
         plain = {token["content"]: int(token["id"]) for token in added}
-        fields["added_tokens"] = [token for token in added if not token.get("special")]
+        fields["added_tokens"] = [token for token in added if token not in control]
         fields["post_processor"] = None
         self._backend = Backend.from_str(json.dumps(fields))
         self._pieces = {token_id: piece for piece, token_id in self._backend.get_vocab().items()}
@@ -141,9 +160,14 @@ class _SentencePieceVocabulary:
         self._control = {
             self._backend.id_to_piece(i): i
             for i in range(own)
-            if self._backend.is_control(i) or self._backend.is_unknown(i)
+            if self._backend.is_control(i) or self._backend.is_unknown(i) or self._is_symbol(i)
         }
         self.size = max([own - 1, *self._added_pieces]) + 1
+
+    def _is_symbol(self, token_id: int) -> bool:
+        """One of ERNIE's names that a text would match whole, since its makers defined it as a symbol."""
+        piece = self._backend.id_to_piece(token_id)
+        return not self._backend.is_byte(token_id) and _is_control(piece)
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text)  # type: ignore[no-any-return]
@@ -161,6 +185,11 @@ class _SentencePieceVocabulary:
 
     def specials(self) -> dict[str, int]:
         return {**self._control, **self._added}
+
+
+def _is_control(piece: str) -> bool:
+    """ERNIE's own names; tags of other kinds (tables in HTML, say) are text that answers are made of."""
+    return re.fullmatch(r"</?(think|response|tool_(call|list|output))>|<\|[^|]+\|>", piece) is not None
 
 
 def _added_tokens(folder: Path) -> dict[str, int]:
