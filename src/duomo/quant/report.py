@@ -19,7 +19,7 @@ from duomo.quant.plan import BitPlan
 
 _PARTS = (
     (r"\.text\.(gate_up|down)$", "text experts"),
-    (r"\.vision\.(gate_up|down)$", "vision experts"),
+    (r"\.mlp\.vision\.", "vision experts"),  # with their router: text never reads it
     (r"\.shared\.", "shared experts"),
     (r"\.attention\.[qkvo]\.", "attention"),
     (r"\.mlp\.(gate|up|down)\.", "dense layers"),

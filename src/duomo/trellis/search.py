@@ -96,11 +96,18 @@ def mutated(rng: np.random.Generator, code: TrellisCode) -> TrellisCode:
 
 
 def search(
-    bits: int, window: int, index_bits: int, candidates: int, steps: int, seed: int, start: TrellisCode | None
+    bits: int,
+    window: int,
+    index_bits: int,
+    candidates: int,
+    steps: int,
+    seed: int,
+    start: TrellisCode | None,
+    streams: int,
 ) -> Candidate:
     """The best code of `candidates` random ones, after `steps` of hill climbing."""
     rng, name = np.random.default_rng(seed), f"lcc{bits}-{window}"
-    small, medium = gaussian(64, 512, seed), gaussian(256, 512, seed + 1)
+    small, medium = gaussian(64, 512, seed), gaussian(streams, 512, seed + 1)
     codes = [
         first_code(name, bits, window, index_bits, random_columns(rng, window - 2 * bits, index_bits))
         for _ in range(candidates)
@@ -126,11 +133,19 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--streams", type=int, default=256, help="of 512 weights each, to climb on")
     parser.add_argument("--from-preset", action="store_true", help="let the shipped code compete too")
     given = parser.parse_args()
     start = PRESETS.get(f"lcc{given.bits}-{given.window}") if given.from_preset else None
     best = search(
-        given.bits, given.window, given.index_bits, given.candidates, given.steps, given.seed, start
+        given.bits,
+        given.window,
+        given.index_bits,
+        given.candidates,
+        given.steps,
+        given.seed,
+        start,
+        given.streams,
     )
     print(best.code)
     fresh = gaussian(4096, 256, given.seed + 1000)
