@@ -52,6 +52,33 @@ class Rendering:
     labels: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """`build_prompt` for one checkpoint: its tokenizer, its dialect, and where media come from."""
+
+    tokenizer: Tokenizer
+    dialect: TemplateDialect = TemplateDialect.ERNIE_VL
+    load: LoadMedia = load_media
+
+    def render(
+        self,
+        conversation: Conversation,
+        *,
+        thinking: bool,
+        tools: Sequence[Tool] = (),
+        max_tokens: int | None = None,
+    ) -> Prompt:
+        return build_prompt(
+            conversation,
+            self.tokenizer,
+            thinking=thinking,
+            tools=tools,
+            dialect=self.dialect,
+            max_tokens=max_tokens,
+            load=self.load,
+        )
+
+
 def build_prompt(
     conversation: Conversation,
     tokenizer: Tokenizer,
