@@ -70,28 +70,6 @@ class RouterWatch:
         return seen
 
 
-def balance_loss(router: Router, routing: Routing) -> Tensor:
-    """E * sum_e (count_e/S) * mean_s p_e, counts of the un-biased choice (spec 3.6): 1*K when even."""
-    probabilities_TE = routing.logits_TE.softmax(-1)
-    chosen = probabilities_TE.topk(router.num_chosen, dim=-1).indices
-    num_experts = probabilities_TE.shape[-1]
-    counts_E = torch.bincount(chosen.flatten(), minlength=num_experts).float() / chosen.shape[0]
-    return (counts_E * probabilities_TE.mean(0)).sum() * num_experts
-
-
-def router_z_loss(routing: Routing) -> Tensor:
-    """Mean of logsumexp squared: keeps logits small enough for their softmax to stay precise."""
-    return routing.logits_TE.logsumexp(-1).square().mean()
-
-
-@torch.no_grad()
-def update_bias(seen: list[tuple[Router, Routing]], rate: float) -> None:
-    """Raises the bias of experts used less than the mean and lowers that of the others, by one step."""
-    for router, routing in seen:
-        usage_E = torch.bincount(routing.expert_ids_TK.flatten(), minlength=router.bias.numel()).float()
-        router.bias.add_(torch.sign(usage_E.mean() - usage_E), alpha=rate)
-
-
 def answer_loss(model: Ernie, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of the supervised tokens, and which of them are predicted rightly."""
     patches = patches_tensor(batch)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from duomo.model import Ernie
 from duomo.processing.tokenizer import Tokenizer
 from duomo.tasks import Handwriting, Split, load_handwriting
-from duomo.train import joint_stage, vision_stage
+from duomo.train import joint_stage, losses, vision_stage
 from duomo.train.recipe import Recipe, Stage, tiny_config
 from duomo.train.render import Renderer
 
@@ -137,13 +137,13 @@ def _run_stage(
         seen = watch.take()
         total: Tensor = loss
         for router, routing in seen:
-            total = total + recipe.balance * joint_stage.balance_loss(router, routing)
-            total = total + recipe.router_z * joint_stage.router_z_loss(routing)
+            total = total + recipe.balance * losses.balance_loss(router, routing)
+            total = total + recipe.router_z * losses.router_z_loss(routing)
         optimizer.zero_grad()
         total.backward()
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip)
         optimizer.step()
-        joint_stage.update_bias(seen, recipe.bias_update)
+        losses.update_bias(seen, recipe.bias_update)
         state.step = step + 1
         meter.note(float(loss.detach()), score)
         if state.step % 20 == 0:
@@ -176,18 +176,18 @@ class Meter:
 
     def __init__(self, stage: Stage, first_step: int) -> None:
         self.stage, self.first_step, self.started = stage, first_step, time.monotonic()
-        self.losses: list[float] = []
+        self.values: list[float] = []
         self.scores: list[float] = []
 
     def note(self, loss: float, score: float) -> None:
-        self.losses.append(loss)
+        self.values.append(loss)
         self.scores.append(score)
 
     def line(self, state: RunState) -> str:
         pace = (time.monotonic() - self.started) / (state.step - self.first_step)
         left = pace * (self.stage.num_steps - state.step) / 60
-        loss, score = np.mean(self.losses), np.mean(self.scores)
-        self.losses, self.scores = [], []
+        loss, score = np.mean(self.values), np.mean(self.scores)
+        self.values, self.scores = [], []
         return (
             f"{self.stage.name} {state.step}/{self.stage.num_steps} loss {loss:.3f} right {100 * score:.1f} %"
             f" {self.stage.batch_size / pace:.0f} pictures/s, CPU {state.cpu_minutes():.1f} min,"
