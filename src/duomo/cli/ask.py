@@ -22,7 +22,7 @@ def ask(
     thinking_budget: Annotated[int | None, typer.Option(help="Most tokens of thinking.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens in all.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draw.")] = None,
-    engine: Annotated[str, typer.Option(help="inline, process or scripted.")] = "inline",
+    engine: Annotated[str, typer.Option(help="model, or scripted for fixed text.")] = "model",
 ) -> int:
     """Ask one question, about pictures or without, and print the answer."""
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""`duomo chat`: a conversation in the terminal. Ctrl-C stops an answer, Ctrl-D leaves, /help says the rest."""
+"""`duomo chat`: a conversation in the terminal. Ctrl-C stops an answer, Ctrl-D leaves."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def chat(
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of one answer.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
-    engine: Annotated[str, typer.Option(help="inline, process or scripted.")] = "inline",
+    engine: Annotated[str, typer.Option(help="model, or scripted for fixed text.")] = "model",
 ) -> None:
     """Talk in the terminal, with /image PATH and /video PATH."""
     from prompt_toolkit import PromptSession

@@ -41,20 +41,20 @@ class Options:
     max_num_seqs: int | None = flag(None, "Requests decoded together.", low=1)
     max_num_batched_tokens: int | None = flag(None, "Tokens of one step, prefill chunks included.", low=16)
     block_size: int | None = flag(None, "Tokens of one page of keys and values.", low=1)
-    num_gpu_blocks_override: int | None = flag(None, "Pages of keys and values.", "--num-pages", low=1)
+    kv_mb: int = flag(512, "Megabytes for keys and values.", low=1)
     kv_cache_dtype: str | None = flag(
         None, "Keys and values as float32, bfloat16 or int8.", choices=("float32", "bfloat16", "int8")
     )
     dtype: str | None = flag(None, "Weights as float32 or bfloat16.", choices=("float32", "bfloat16"))
     enable_prefix_caching: bool = flag(True, "Keep keys and values of prompts seen before.")
     encoder_cache_dir: str | None = flag(None, "Folder where picture features survive a restart.")
-    num_threads: int | None = flag(None, "Threads of the kernels.", low=1)
     seed: int | None = flag(None, "Seed of requests that give none.", low=0)
     engine: str = flag(
-        "process",
-        "Where the engine runs: a process of its own, this one, or scripted (fixed text, to try clients).",
-        choices=("process", "inline", "scripted"),
+        "model",
+        "Who answers: the model, or fixed text (scripted) to try clients with.",
+        choices=("model", "scripted"),
     )
+    num_drafts: int = flag(0, "Tokens guessed ahead from the text so far; never changes the output.", low=0)
     scripted_delay_s: float = flag(0.0, "Seconds before each token of --engine scripted.", low=0)
     # Thinking and tools
     reasoning_parser: str | None = flag(
