@@ -50,7 +50,8 @@ class Answer:
 
     def step(self, logits: npt.NDArray[np.float32]) -> int:
         """Draws the next token from its row of logits and takes it in."""
-        token = self.governor.next_token()
+        forced = self._params.forced
+        token = forced[self.num_tokens] if self.num_tokens < len(forced) else self.governor.next_token()
         if token is None:
             token = self.governor.replace(self._draw(logits), self._vocabulary.eos_ids)
         if self._params.logprobs is not None:

@@ -7,6 +7,7 @@ are refused with the cause.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from duomo.engine.vocabulary import Vocabulary
 from duomo.errors import ConfigError, EngineError, PromptError
 
 Sink = Callable[[Output], None]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -108,6 +110,10 @@ class Engine:
         if len(request.ids) >= limit:
             self.scheduler.refuse(request)
 
+    def open_ids(self) -> list[str]:
+        """Requests that have not ended."""
+        return list(self._open)
+
     def stats(self) -> dict[str, float]:
         pool, counters = self.scheduler.pool, self.counters
         values: dict[str, float] = {name: getattr(counters, name) for name in Counters.__dataclass_fields__}
@@ -173,8 +179,9 @@ class Engine:
                 self.step()
         except BaseException as error:
             self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            _log.error("the engine stopped: %s", self.failure)
+            _log.debug("where it stopped", exc_info=True)
             self._end_all("error", self.failure)
-            raise
 
     def _has_work(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)

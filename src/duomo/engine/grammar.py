@@ -17,6 +17,10 @@ from duomo.engine.vocabulary import Vocabulary
 from duomo.errors import GrammarError
 
 
+# One spelling of JSON: free whitespace is where small models get lost for thousands of tokens.
+_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
 class Grammar:
     """One answer's matcher. GrammarError if the constraint cannot be compiled."""
 
@@ -58,9 +62,9 @@ def _grammar(constraint: Constraint) -> str:
 
     try:
         if constraint.kind == "json_schema":
-            return str(LLMatcher.grammar_from_json_schema(constraint.value))
+            return str(LLMatcher.grammar_from_json_schema(constraint.value, defaults=_JSON))
         if constraint.kind == "json_object":
-            return str(LLMatcher.grammar_from_json_schema('{"type": "object"}'))
+            return str(LLMatcher.grammar_from_json_schema('{"type": "object"}', defaults=_JSON))
         if constraint.kind == "regex":
             return str(LLMatcher.grammar_from_regex(constraint.value))
         if constraint.kind == "grammar":

@@ -49,6 +49,7 @@ class SamplingParams:
     thinking: ThinkingMode = "auto"
     thinking_budget: int | None = None  # tokens of thinking; None: no bound of its own
     wrap_up: str = ""  # thinking that is cut ends with this sentence, inside the budget
+    forced: tuple[int, ...] = ()  # the answer begins with these ids: how given words are scored
     constraint: Constraint | None = None
 
     def __post_init__(self) -> None:

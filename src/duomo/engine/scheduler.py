@@ -99,6 +99,7 @@ class Scheduler:
         keys = PrefixKeys(self.pool.page_size, request.adapter, request.salt, request.media)
         sequence = Sequence(request, self._arrivals, list(request.ids), keys, len(request.ids))
         room = limit - len(request.ids)
+        sequence.drafts = list(request.params.forced[:-1])
         sequence.max_tokens = min(request.params.max_tokens or room, room)
         self._arrivals += 1
         insort(self.waiting, sequence, key=lambda s: s.order)
@@ -147,14 +148,17 @@ class Scheduler:
 
     def _plan(self, step: Step, sequence: Sequence, room: int) -> int:
         """Adds a sequence's next tokens to the step, making room for their pages. Returns how many."""
-        drafts = tuple(sequence.drafts) if not sequence.is_prefilling else ()
-        drafts = drafts[: max(0, room - 1)]
-        pending = len(sequence.ids) + len(drafts) - sequence.num_computed
-        count = min(pending, room)
+        pending = len(sequence.ids) - sequence.num_computed
+        drafts = tuple(sequence.drafts)[: max(0, min(room, self._room_in_context(sequence)) - pending)]
+        count = min(pending + len(drafts), room)
         if count <= 0 or not self._grow(step, sequence, sequence.num_computed + count):
             return 0
         step.works.append(Work(sequence, sequence.num_computed, count, drafts))
         return count
+
+    def _room_in_context(self, sequence: Sequence) -> int:
+        """Tokens that may still be computed; drafts must not run past the last page."""
+        return self.pool.num_pages * self.pool.page_size - sequence.num_computed
 
     def _grow(self, step: Step, sequence: Sequence, num_tokens: int) -> bool:
         """Pages for `num_tokens`. False if the sequence itself had to give way."""

@@ -26,7 +26,7 @@ class StopMatcher:
             place, self.found = min(hits)
             shown, self._waiting = self._waiting[:place], ""
             return shown
-        held = max(_overlap(self._waiting, stop) for stop in self._stops)
+        held = max(overlap(self._waiting, stop) for stop in self._stops)
         cut = len(self._waiting) - held
         shown, self._waiting = self._waiting[:cut], self._waiting[cut:]
         return shown
@@ -37,7 +37,7 @@ class StopMatcher:
         return rest
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """The longest end of the text that begins the stop string."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):

@@ -1,0 +1,90 @@
+"""From a checkpoint folder to an engine that is ready: dtypes, the size of the KV cache, the fingerprint."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+
+from duomo.checkpoints import load_config, load_model
+from duomo.engine.engine import Engine, build_engine
+from duomo.engine.runner import ModelRunner
+from duomo.engine.vocabulary import Vocabulary
+from duomo.errors import ConfigError
+from duomo.model.config import ModelConfig
+from duomo.processing.tokenizer import Tokenizer
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_ELEMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}
+_SMALL = 1 << 30
+
+
+def open_engine(
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    dtype: str,
+    kv_dtype: str,
+    kv_bytes: int,
+    page_size: int,
+    max_model_tokens: int | None,
+    max_sequences: int,
+    max_step_tokens: int,
+    has_prefix_cache: bool,
+    num_drafts: int,
+    feature_folder: Path | None,
+) -> tuple[Engine, ModelConfig]:
+    """ConfigError for options that cannot be right, CheckpointError for a folder that is no model."""
+    if dtype not in (*_DTYPES, "auto"):
+        raise ConfigError(f"dtype is {dtype}; it must be auto, float32 or bfloat16")
+    if kv_dtype not in (*_ELEMENT_BYTES, "auto"):
+        raise ConfigError(f"kv_dtype is {kv_dtype}; it must be auto, float32, bfloat16 or int8")
+    config = load_config(folder)
+    model = load_model(folder, _DTYPES.get(dtype))
+    if dtype == "auto" and sum(parameter.numel() for parameter in model.parameters()) < _SMALL:
+        model = model.float()
+    if kv_dtype == "auto":
+        kv_dtype = "float32" if model.embed.weight.dtype == torch.float32 else "bfloat16"
+    most = min(max_model_tokens or config.max_positions, config.max_positions)
+    num_pages = num_pages_in(kv_bytes, config, kv_dtype, page_size)
+    num_pages = min(num_pages, -(-most // page_size) * max_sequences)
+    if num_pages * page_size < 16:
+        raise ConfigError(f"kv_bytes of {kv_bytes:,} hold fewer than 16 tokens of this model; give more")
+    runner = ModelRunner(
+        model,
+        num_pages,
+        page_size,
+        kv_dtype,
+        feature_folder=feature_folder,
+        fingerprint=fingerprint(folder),
+    )
+    engine = build_engine(
+        runner,
+        Vocabulary.of(tokenizer),
+        num_pages=num_pages,
+        page_size=page_size,
+        max_sequences=max_sequences,
+        max_step_tokens=max_step_tokens,
+        max_model_tokens=most,
+        has_prefix_cache=has_prefix_cache,
+        num_drafts=num_drafts,
+    )
+    return engine, config
+
+
+def num_pages_in(kv_bytes: int, config: ModelConfig, kv_dtype: str, page_size: int) -> int:
+    """Pages that fit; int8 has a 4-byte scale a head."""
+    element = _ELEMENT_BYTES[kv_dtype] + (4.0 / config.head_dim if kv_dtype == "int8" else 0.0)
+    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * element
+    return int(kv_bytes / token_bytes) // page_size
+
+
+def fingerprint(folder: Path) -> str:
+    """Of the files' names, sizes and times, and of the config: other weights, another name."""
+    state = blake2b(digest_size=8)
+    for path in sorted(folder.glob("*.safetensors")):
+        status = path.stat()
+        state.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    state.update((folder / "config.json").read_bytes())
+    return state.hexdigest()

@@ -1,0 +1,560 @@
+"""The facade: open a checkpoint, chat, generate, stream, score, close.
+
+Joins processing (messages to ids, ids to text) with the engine. Every call may come from any thread; the
+`a`-twins are for asyncio. Nothing here computes: the engine's thread does, one step for all requests.
+A stream that is not read to its end cancels its request when it is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import queue
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from duomo.engine.governor import needs_thinking
+from duomo.engine.request import (
+    Completion,
+    Delta,
+    FinishReason,
+    MediaBlob,
+    Output,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+    Usage,
+)
+from duomo.engine.text import AnswerText
+from duomo.errors import CheckpointError, ConfigError, EngineError, PromptError
+from duomo.processing.messages import Message, Tool
+from duomo.processing.prompt import Prompt
+from duomo.processing.template import TemplateDialect, build_prompt
+from duomo.processing.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from duomo.engine.engine import Engine
+    from duomo.engine.scripted import Script
+    from duomo.model.config import ModelConfig
+
+ASSETS = Path(__file__).parent / "assets"
+_names = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question whose answer is one of a few words. With numbers as options, the mean is the score."""
+
+    text: str
+    options: tuple[str, ...] = ("Yes", "No")
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The likeliest option, the probabilities of all (they sum to one), and the mean of numeric options."""
+
+    answer: str
+    probabilities: dict[str, float]
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A prompt made ready: what the engine gets, and what is needed to read its answer."""
+
+    request: Request
+    params: SamplingParams
+    thinking: str
+    has_tools: bool
+    image_tokens: int
+    video_tokens: int
+
+
+class LLM:
+    """One model and its engine. Use `LLM.open`, and `close` (or a `with`) at the end."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        config: ModelConfig | None,
+        name: str,
+        dialect: TemplateDialect | None = None,
+    ) -> None:
+        self.engine, self.tokenizer, self.config, self.name = engine, tokenizer, config, name
+        is_text = config is not None and not config.is_multimodal
+        self._dialect = dialect or (TemplateDialect.ERNIE_TEXT if is_text else TemplateDialect.ERNIE_VL)
+        engine.start()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path | None = None,
+        *,
+        dtype: str = "auto",
+        kv_dtype: str = "auto",
+        kv_bytes: int = 512 << 20,
+        page_size: int = 16,
+        max_model_tokens: int | None = None,
+        max_sequences: int = 64,
+        max_step_tokens: int = 512,
+        has_prefix_cache: bool = True,
+        num_drafts: int = 0,
+        feature_folder: str | Path | None = None,
+        name: str | None = None,
+        dialect: TemplateDialect | None = None,
+    ) -> LLM:
+        """Opens a checkpoint folder; None opens the embedded model.
+
+        dtype "auto" computes in fp32 below a billion parameters and in the file's dtype above; kv_dtype is
+        float32, bfloat16, int8 or auto (as the model computes). `num_drafts` > 0 turns speculation on.
+        CheckpointError or ConfigError if the folder holds no model that duomo runs.
+        """
+        from duomo.engine.opening import open_engine
+
+        folder = _embedded() if path is None else Path(path)
+        tokenizer = Tokenizer.load(folder) if folder.is_dir() else _no_folder(folder)
+        engine, config = open_engine(
+            folder,
+            tokenizer,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            kv_bytes=kv_bytes,
+            page_size=page_size,
+            max_model_tokens=max_model_tokens,
+            max_sequences=max_sequences,
+            max_step_tokens=max_step_tokens,
+            has_prefix_cache=has_prefix_cache,
+            num_drafts=num_drafts,
+            feature_folder=Path(feature_folder) if feature_folder else None,
+        )
+        return cls(engine, tokenizer, config, name or config.name or folder.name, dialect)
+
+    @classmethod
+    def scripted(cls, tokenizer: Tokenizer, script: Script, *, name: str = "scripted", **options: Any) -> LLM:
+        """A model that says what the script says; for tests of what stands above the engine."""
+        from duomo.engine.engine import build_engine
+        from duomo.engine.scripted import ScriptedRunner
+        from duomo.engine.vocabulary import Vocabulary
+
+        runner = ScriptedRunner(script, tokenizer.vocab_size, options.pop("step_seconds", 0.0))
+        options = {"num_pages": 512, "page_size": 16} | options
+        engine = build_engine(runner, Vocabulary.of(tokenizer), **options)
+        return cls(engine, tokenizer, None, name)
+
+    # ---- whole answers ----
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        tools: Sequence[Tool] = (),
+        **asked: Any,
+    ) -> Completion:
+        """The answer to a conversation. `asked`: request_id, priority, salt, adapter."""
+        params = params or SamplingParams()
+        return self._whole(self.stream(messages, params, tools, **asked), params, messages, tools)
+
+    def generate(
+        self, prompt: str | Sequence[int] | Prompt, params: SamplingParams | None = None, **asked: Any
+    ) -> Completion:
+        """Continues a text or ids as they are, without a template and without thinking."""
+        params = params or SamplingParams(thinking="off")
+        return self._whole(self.stream_generate(prompt, params, **asked), params, (), ())
+
+    async def achat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        tools: Sequence[Tool] = (),
+        **asked: Any,
+    ) -> Completion:
+        params = params or SamplingParams()
+        deltas = [delta async for delta in self.astream(messages, params, tools, **asked)]
+        return self._whole(iter(deltas), params, messages, tools)
+
+    async def agenerate(
+        self, prompt: str | Sequence[int] | Prompt, params: SamplingParams | None = None, **asked: Any
+    ) -> Completion:
+        params = params or SamplingParams(thinking="off")
+        deltas = [delta async for delta in self.astream_generate(prompt, params, **asked)]
+        return self._whole(iter(deltas), params, (), ())
+
+    # ---- streams ----
+
+    def stream(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        tools: Sequence[Tool] = (),
+        **asked: Any,
+    ) -> Iterator[Delta]:
+        """Pieces of the answer as they come; the last of each choice has a finish reason and usage."""
+        return self._stream(self._ask(messages, params or SamplingParams(), tools, **asked))
+
+    def stream_generate(
+        self, prompt: str | Sequence[int] | Prompt, params: SamplingParams | None = None, **asked: Any
+    ) -> Iterator[Delta]:
+        return self._stream(self._ask_raw(prompt, params or SamplingParams(thinking="off"), **asked))
+
+    async def astream(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        tools: Sequence[Tool] = (),
+        **asked: Any,
+    ) -> AsyncIterator[Delta]:
+        """`stream` for asyncio. Pictures are decoded off the event loop; closing it cancels the request."""
+        ready = await asyncio.to_thread(self._ask, messages, params or SamplingParams(), tools, **asked)
+        async for delta in self._astream(ready):
+            yield delta
+
+    async def astream_generate(
+        self, prompt: str | Sequence[int] | Prompt, params: SamplingParams | None = None, **asked: Any
+    ) -> AsyncIterator[Delta]:
+        async for delta in self._astream(
+            self._ask_raw(prompt, params or SamplingParams(thinking="off"), **asked)
+        ):
+            yield delta
+
+    # ---- control and questions ----
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request, and every choice of it, before the next step."""
+        for name in self._choices(request_id):
+            self.engine.cancel(name)
+
+    def answer_now(self, request_id: str) -> None:
+        """Closes the thinking of a running request."""
+        for name in self._choices(request_id):
+            self.engine.answer_now(name)
+
+    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = (), **asked: Any) -> Usage:
+        """The usage a conversation's prompt will report, pictures included; nothing is computed."""
+        asked_params = SamplingParams(thinking=asked.pop("thinking", "auto"))
+        ready = self._ask(messages, asked_params, tools)[0]
+        return Usage(
+            prompt_tokens=len(ready.request.ids),
+            image_tokens=ready.image_tokens,
+            video_tokens=ready.video_tokens,
+        )
+
+    def decide(self, messages: Sequence[Message], questions: Sequence[Question]) -> list[Decision]:
+        """Answers questions about one conversation from logits: one shared prefill, no decoding.
+
+        The conversation ends with the user's turn (a picture, say); each question is added to that turn.
+        """
+        if not messages or messages[-1].role != "user":
+            raise PromptError("questions need a conversation that ends with the user's turn")
+        waiting = []
+        for question in questions:
+            if len(question.options) < 2:
+                raise ConfigError("a question needs at least two options")
+            last = messages[-1]
+            turn = replace(last, parts=(*last.parts, *Message.of("user", question.text).parts))
+            prompt, _ = self._prompt([*messages[:-1], turn], (), is_thinking=False)
+            waiting.append([self._score(prompt, option) for option in question.options])
+        return [
+            _decide(question, [wait() for wait in waits])
+            for question, waits in zip(questions, waiting, strict=True)
+        ]
+
+    def stats(self) -> dict[str, float]:
+        """Gauges and counters of the engine; names are those of `Engine.stats`."""
+        return self.engine.stats()
+
+    def reset_caches(self) -> None:
+        """Forgets prefixes and pictures in memory."""
+        self.engine.reset_caches()
+
+    @property
+    def max_model_tokens(self) -> int:
+        return self.engine.scheduler.max_model_tokens
+
+    @property
+    def is_alive(self) -> bool:
+        return self.engine.is_alive
+
+    @property
+    def has_vision(self) -> bool:
+        return self.config is not None and self.config.is_multimodal
+
+    def close(self) -> None:
+        """Open streams end with finish reason abort."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- inside ----
+
+    def _ask(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        tools: Sequence[Tool],
+        **asked: Any,
+    ) -> list[_Asked]:
+        is_thinking = self._thinks(messages, params, tools)
+        prompt, is_open = self._prompt(messages, tools, is_thinking)
+        return self._ready(prompt, params, is_open, bool(tools), **asked)
+
+    def _ask_raw(
+        self, prompt: str | Sequence[int] | Prompt, params: SamplingParams, **asked: Any
+    ) -> list[_Asked]:
+        if isinstance(prompt, str):
+            prompt = self.tokenizer.encode(prompt)
+        ready = prompt if isinstance(prompt, Prompt) else Prompt(list(prompt))
+        return self._ready(ready, params, False, False, **asked)
+
+    def _thinks(self, messages: Sequence[Message], params: SamplingParams, tools: Sequence[Tool]) -> bool:
+        if params.thinking == "auto":
+            last = next((message for message in reversed(messages) if message.role == "user"), None)
+            num_media = len(last.parts) - sum(hasattr(part, "text") for part in last.parts) if last else 0
+            return needs_thinking(last.text if last else "", num_media, bool(tools))
+        return params.thinking == "on"
+
+    def _prompt(
+        self, messages: Sequence[Message], tools: Sequence[Tool], is_thinking: bool
+    ) -> tuple[Prompt, bool]:
+        """The rendered prompt, and whether it ends inside an open thinking block."""
+        prompt = build_prompt(
+            messages, self.tokenizer, thinking=is_thinking, tools=tools, dialect=self._dialect
+        )
+        return prompt, is_thinking
+
+    def _ready(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        is_thinking: bool,
+        has_tools: bool,
+        request_id: str | None = None,
+        priority: int = 0,
+        salt: str = "",
+        adapter: str = "",
+    ) -> list[_Asked]:
+        name = request_id or f"request-{next(_names)}"
+        media = tuple(
+            MediaBlob(
+                m.kind,
+                span.start,
+                (m.grid.frames, m.grid.rows, m.grid.columns),
+                m.content_hash,
+                m.patches.tobytes(),
+            )
+            for m, span in zip(prompt.media, prompt.spans, strict=True)
+        )
+        if media and self.config is not None and not self.config.is_multimodal:
+            raise PromptError("this model reads text alone; send no pictures or videos")
+        images = sum(m.num_tokens for m in media if m.kind == "image")
+        videos = sum(m.num_tokens for m in media if m.kind == "video")
+        ready = []
+        for index in range(params.n):
+            seed = params.seed if params.seed is None else params.seed + index
+            own = replace(params, seed=seed)
+            request = Request(
+                f"{name}/{index}" if params.n > 1 else name,
+                tuple(prompt.ids), own, media, is_thinking, priority, salt, adapter,
+            )  # fmt: skip
+            self.engine.validate(request)
+            thinking = "on" if is_thinking else "off"
+            ready.append(_Asked(request, own, thinking, has_tools, images, videos))
+        return ready
+
+    def _choices(self, request_id: str) -> list[str]:
+        return [
+            name for name in self.engine.open_ids() if name == request_id or name.startswith(request_id + "/")
+        ]
+
+    def _stream(self, asked: list[_Asked]) -> Iterator[Delta]:
+        arrivals: queue.SimpleQueue[tuple[int, Output]] = queue.SimpleQueue()
+        readers = [_Reader(self.tokenizer, ready, index) for index, ready in enumerate(asked)]
+        open_ids = set()
+        try:
+            for index, ready in enumerate(asked):
+                self.engine.submit(ready.request, lambda out, i=index: arrivals.put((i, out)))  # type: ignore[misc]
+                open_ids.add(ready.request.request_id)
+            while open_ids:
+                index, output = arrivals.get()
+                if output.finish_reason is not None:
+                    open_ids.discard(output.request_id)
+                yield from readers[index].read(output)
+        finally:
+            self._drop(open_ids)
+
+    async def _astream(self, asked: list[_Asked]) -> AsyncIterator[Delta]:
+        loop = asyncio.get_running_loop()
+        arrivals: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        readers = [_Reader(self.tokenizer, ready, index) for index, ready in enumerate(asked)]
+        open_ids = set()
+
+        def sink(index: int, output: Output) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(arrivals.put_nowait, (index, output))
+
+        try:
+            for index, ready in enumerate(asked):
+                self.engine.submit(ready.request, lambda out, i=index: sink(i, out))  # type: ignore[misc]
+                open_ids.add(ready.request.request_id)
+            while open_ids:
+                index, output = await arrivals.get()
+                if output.finish_reason is not None:
+                    open_ids.discard(output.request_id)
+                for delta in readers[index].read(output):
+                    yield delta
+        finally:
+            self._drop(open_ids)
+
+    def _drop(self, open_ids: set[str]) -> None:
+        for name in open_ids:
+            if self.engine.is_alive:
+                self.engine.cancel(name)
+
+    def _whole(
+        self,
+        deltas: Iterator[Delta],
+        params: SamplingParams,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+    ) -> Completion:
+        pieces: dict[int, list[Delta]] = {}
+        for delta in deltas:
+            pieces.setdefault(delta.index, []).append(delta)
+        is_thinking = bool(messages) and self._thinks(messages, params, tools)
+        choices = [_completion(pieces[index], params, is_thinking) for index in sorted(pieces)]
+        usage = choices[0].usage
+        if len(choices) > 1:
+            usage = replace(
+                usage,
+                completion_tokens=sum(c.usage.completion_tokens for c in choices),
+                reasoning_tokens=sum(c.usage.reasoning_tokens for c in choices),
+            )
+        return replace(choices[0], usage=usage, choices=tuple(choices[1:]))
+
+    def _score(self, prompt: Prompt, option: str) -> Any:
+        """Begins to score an option after a prompt; the result, when called for, is its log-probability."""
+        ids = tuple(self.tokenizer.encode(option))
+        if not ids:
+            raise ConfigError("an option is empty; give at least one character")
+        params = SamplingParams(max_tokens=len(ids), forced=ids, logprobs=0, thinking="off", ignore_eos=True)
+        ready = self._ready(prompt, params, False, False)[0]
+        logprobs: list[TokenLogprob] = []
+        done = threading.Event()
+        failures: list[str] = []
+
+        def sink(output: Output) -> None:
+            logprobs.extend(output.logprobs)
+            if output.finish_reason is not None:
+                if output.finish_reason in ("error", "abort"):
+                    failures.append(output.cause)
+                done.set()
+
+        self.engine.submit(ready.request, sink)
+
+        def wait() -> float:
+            done.wait()
+            if failures:
+                raise EngineError(f"the question was not answered: {failures[0]}")
+            return sum(entry.logprob for entry in logprobs)
+
+        return wait
+
+
+class _Reader:
+    """Turns one choice's outputs into deltas."""
+
+    def __init__(self, tokenizer: Tokenizer, asked: _Asked, index: int) -> None:
+        self._asked, self._index, self._num_tokens = asked, index, 0
+        self._text = AnswerText(
+            tokenizer,
+            asked.request.is_thinking,
+            asked.params.stop,
+            asked.has_tools,
+            f"call-{asked.request.request_id}",
+        )
+        self._has_calls = False
+
+    def read(self, output: Output) -> Iterator[Delta]:
+        if output.finish_reason == "error":
+            raise EngineError(f"the engine stopped: {output.cause}", cause=output.cause)
+        self._num_tokens += len(output.token_ids)
+        piece = self._text.add(output.token_ids)
+        reason: FinishReason | None = output.finish_reason
+        usage = None
+        if reason is not None:
+            rest = self._text.finish()
+            piece.reasoning += rest.reasoning
+            piece.text += rest.text
+            piece.tool_calls += rest.tool_calls
+            usage = self._usage(output)
+        self._has_calls = self._has_calls or bool(piece.tool_calls)
+        if reason == "stop" and self._has_calls:
+            reason = "tool_calls"
+        yield Delta(
+            index=self._index,
+            text=piece.text,
+            reasoning=piece.reasoning,
+            tool_calls=tuple(piece.tool_calls),
+            token_ids=output.token_ids,
+            logprobs=output.logprobs,
+            prompt_logprobs=output.prompt_logprobs,
+            finish_reason=reason,
+            usage=usage,
+        )
+
+    def _usage(self, output: Output) -> Usage:
+        return Usage(
+            prompt_tokens=len(self._asked.request.ids),
+            completion_tokens=self._num_tokens,
+            reasoning_tokens=output.num_reasoning,
+            cached_tokens=output.num_cached,
+            image_tokens=self._asked.image_tokens,
+            video_tokens=self._asked.video_tokens,
+        )
+
+
+def _completion(deltas: list[Delta], params: SamplingParams, is_thinking: bool) -> Completion:
+    last = deltas[-1]
+    return Completion(
+        text="".join(delta.text for delta in deltas),
+        reasoning="".join(delta.reasoning for delta in deltas),
+        tool_calls=tuple(call for delta in deltas for call in delta.tool_calls),
+        finish_reason=last.finish_reason or "abort",
+        usage=last.usage or Usage(),
+        thinking="on" if is_thinking else "off",
+        thinking_budget=params.thinking_budget if is_thinking else None,
+        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+        logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
+        prompt_logprobs=tuple(entry for delta in deltas for entry in delta.prompt_logprobs),
+    )
+
+
+def _decide(question: Question, logprobs: list[float]) -> Decision:
+    best = max(logprobs)
+    weights = [math.exp(value - best) for value in logprobs]
+    shares = {option: w / sum(weights) for option, w in zip(question.options, weights, strict=True)}
+    answer = max(shares, key=lambda option: shares[option])
+    try:
+        score = sum(float(option) * share for option, share in shares.items())
+    except ValueError:
+        return Decision(answer, shares)
+    return Decision(answer, shares, score)
+
+
+def _embedded() -> Path:
+    found = sorted(ASSETS.glob("*/config.json")) or sorted(ASSETS.glob("config.json"))
+    if not found:
+        raise CheckpointError("no model is embedded in this build; name a checkpoint folder")
+    return found[0].parent
+
+
+def _no_folder(folder: Path) -> Tokenizer:
+    raise CheckpointError(f"{folder} is no folder; a checkpoint is one with config.json and weights in it")
