@@ -11,6 +11,7 @@ import torch
 
 from duomo.checkpoints import load_model
 from duomo.checkpoints.inventory import take_inventory
+from duomo.checkpoints.stream import load_dequantized
 from duomo.errors import CheckpointError
 from duomo.model import BankConfig, preset
 from duomo.quant.plan import build_plan
@@ -30,9 +31,10 @@ SMALL = replace(
 
 def test_it_loads_and_runs(tmp_path: Path) -> None:
     synthesize(SMALL, tmp_path, skew=1.0)
-    model = load_model(tmp_path).requires_grad_(False)
-    logits = model.logits([1, 5, 9, 33])
+    logits = load_model(tmp_path).logits([1, 5, 9, 33])
     assert logits.shape == (4, SMALL.vocab_size) and bool(logits.isfinite().all()) and float(logits.std()) > 0
+    model = load_dequantized(tmp_path, torch.float32).requires_grad_(False)
+    assert float((logits - model.logits([1, 5, 9, 33])).abs().mean()) < 0.1 * float(logits.std())
     expert = model.get_parameter("decoder.layers.1.mlp.text.gate_up")
     assert float(expert.std()) == pytest.approx(SMALL.initializer_range, rel=0.1)
     assert float(model.embed.weight.std()) == pytest.approx(SMALL.initializer_range, rel=0.1)

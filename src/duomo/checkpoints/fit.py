@@ -101,7 +101,7 @@ def read_per_token(inventory: Inventory) -> dict[str, int]:
 
 
 def _largest_picture(inventory: Inventory, free: int, kv_bytes: int) -> int:
-    """Tokens of the largest picture beside USUAL_CONTEXT of text: float32 activations of the tower, and keys."""
+    """Tokens of the largest picture beside USUAL_CONTEXT of text: the tower works in float32."""
     vision, config = inventory.config.vision, inventory.config
     if vision is None:
         return 0

@@ -7,7 +7,8 @@ fp32 whatever dtype is asked for: rounded, they would choose other experts (spec
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from duomo.checkpoints.dialects import Dialect, Native, Place, recognise
 from duomo.checkpoints.files import TensorStore
 from duomo.checkpoints.names import Entry, pt_entries
-from duomo.checkpoints.quantized import dequantize, open_quantized
+from duomo.checkpoints.quantized import QuantizedFile, dequantize, open_quantized
 from duomo.errors import CheckpointError, ConfigError, MissingTensor, ShapeMismatch, UnexpectedTensor
 from duomo.model import Ernie, ModelConfig
+from duomo.model.packed import build_packed
 
+VERIFY_BYTES = 1 << 30  # larger folders are not read whole to compare checksums
 SHOWN = 5  # names listed in an error; all are counted
 
 
@@ -44,11 +47,17 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Ernie:
-    """The model of a folder, ready to run. `dtype` None keeps the dtype of the file's embeddings."""
+    """The model of a folder, ready to run. `dtype` None keeps the dtype of the file's embeddings.
+
+    A quantized folder stays packed and memory-mapped; `dtype` is then of activations (None: float32). Its
+    checksums are compared if it is small; for a large one `duomo inspect --verify` reads every byte.
+    """
     folder = Path(folder)
     config = replace(load_config(folder), name=folder.resolve().name)
     if "quantization" in read_config(folder):
-        return load_quantized(folder, config, dtype or torch.float32, device)
+        if device != "cpu":
+            return load_quantized(folder, config, dtype or torch.float32, device)
+        return load_packed(folder, config, dtype or torch.float32)
     store = TensorStore(folder)
     config, _, places = place_entries(config, store)
     check_names(store, places)
@@ -85,22 +94,36 @@ def _place(dialect: Dialect, entry: Entry) -> Place:
     return Place(name, lambda tensor: tensor.reshape(-1, tensor.shape[-1])[row])
 
 
-def load_quantized(folder: Path, config: ModelConfig, dtype: torch.dtype, device: str) -> Ernie:
-    """A quantized folder with every weight decoded: the reference that packed kernels are judged by."""
-    files = open_quantized(folder)
+def load_packed(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Ernie:
+    """A quantized folder as it is: kernels read the file's own pages, and only those they need."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    files = open_quantized(folder, verify=size <= VERIFY_BYTES)
+    check_quantized(config, files)
+    with warnings.catch_warnings():
+        # The mapping is read-only and so are the kernels; torch warns of any array that is.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return build_packed(config, ((name, file.read(name)) for name, file in files.items()), dtype)
+
+
+def check_quantized(config: ModelConfig, files: Mapping[str, QuantizedFile]) -> None:
+    """Names and shapes of a quantized folder against the config."""
     with torch.device("meta"):
         model = Ernie(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     compare_names(set(shapes), set(files))
-    for name, shape in shapes.items():
-        if files[name].shape(name) != shape:
-            found = files[name].shape(name)
-            raise ShapeMismatch(
-                f"tensor {name} has shape {found}; the config asks for {shape}",
-                tensor=name,
-                expected=shape,
-                found=found,
-            )
+    for name, expected in shapes.items():
+        found = files[name].shape(name)
+        if found != expected:
+            said = f"tensor {name} has shape {found}; the config asks for {expected}"
+            raise ShapeMismatch(said, tensor=name, expected=expected, found=found)
+
+
+def load_quantized(folder: Path, config: ModelConfig, dtype: torch.dtype, device: str) -> Ernie:
+    """A quantized folder with every weight decoded: the reference that packed kernels are judged by."""
+    files = open_quantized(folder)
+    check_quantized(config, files)
+    with torch.device("meta"):
+        model = Ernie(config)
     _materialise(model, dtype, device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from duomo.errors import CheckpointError
+
 if TYPE_CHECKING:
     from duomo.checkpoints.inventory import Inventory
 
@@ -15,11 +17,22 @@ if TYPE_CHECKING:
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and .safetensors files.")],
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read a quantized checkpoint whole and compare its checksums.")
+    ] = False,
 ) -> None:
     """Show a checkpoint's layout, sizes, parameters, bytes and bits per weight by part."""
     from duomo.checkpoints.inventory import take_inventory
+    from duomo.checkpoints.quantized import read_quantized
 
     inventory = take_inventory(checkpoint)
+    if verify:
+        if inventory.layout != "quantized":
+            raise CheckpointError(
+                f"{checkpoint} is not quantized, so it has no checksums; leave out --verify"
+            )
+        for _ in read_quantized(checkpoint):
+            pass
     if json:
         print(json_module.dumps(facts(inventory), indent=2))
     else:

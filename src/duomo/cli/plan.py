@@ -34,7 +34,7 @@ def plan(
     if not result.holds_text and not disk:
         raise CheckpointError(
             f"{result.missing_bytes / 1e9:.2f} GB too little: text alone needs "
-            f"{(ram_bytes + result.missing_bytes) / 1e9:.2f} GB; give more --ram, or --disk to read the rest from it",
+            f"{(ram_bytes + result.missing_bytes) / 1e9:.2f} GB; give more --ram, or --disk",
             needed=ram_bytes + result.missing_bytes,
             available=ram_bytes,
         )
