@@ -100,6 +100,49 @@ void run_experts(const Trellis& gate_up, const Trellis& down, Address hidden, Ad
     experts(a, b, at<float>(hidden), at<int64_t>(expert_ids), at<float>(weights), tokens, chosen, at<float>(out));
 }
 
+void check_mlp(const TrellisBank& gate, const TrellisBank& up, const TrellisBank& down) {
+    if (gate.rows != up.rows || gate.columns != up.columns || down.columns != gate.rows)
+        throw nb::value_error("gate and up must be [F, D] and down [D, F]");
+}
+
+void run_mlp(const Trellis& gate, const Trellis& up, const Trellis& down, Address x, int64_t tokens, Address out) {
+    check_mlp(gate.bank, up.bank, down.bank);
+    nb::gil_scoped_release release;
+    mlp(gate.bank, up.bank, down.bank, at<float>(x), tokens, at<float>(out));
+}
+
+// Normed hidden states to rotated queries, rotated keys and values.
+void run_qkv(const Trellis& q, const Trellis& k, const Trellis& v, Address x, int64_t tokens, int64_t head_dim,
+             Address cos, Address sin, Address query, Address key, Address value) {
+    if (q.bank.columns != k.bank.columns || k.bank.columns != v.bank.columns || q.bank.rows % head_dim ||
+        k.bank.rows % head_dim)
+        throw nb::value_error("q, k and v take the same inputs and give whole heads");
+    nb::gil_scoped_release release;
+    const TrellisBank* const banks[3] = {&q.bank, &k.bank, &v.bank};
+    float* const y[3] = {at<float>(query), at<float>(key), at<float>(value)};
+    linear_shared(banks, 3, at<float>(x), tokens, y);
+    const RotateKernels& kernels = rotate_kernels();
+    for (int part = 0; part < 2; ++part)
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t i = 0; i < banks[part]->rows; i += head_dim)
+                kernels.rotate_pairs(y[part] + t * banks[part]->rows + i, at<float>(cos) + t * head_dim / 2,
+                                     at<float>(sin) + t * head_dim / 2, head_dim);
+}
+
+void run_route(Address x, Address router, Address bias, int64_t tokens, int64_t width, int64_t num_experts,
+               int64_t chosen, float norm_min, Address expert_ids, Address weights) {
+    if (chosen < 1 || chosen > num_experts) throw nb::value_error("as many experts are chosen as there are, at most");
+    nb::gil_scoped_release release;
+    route(at<float>(x), at<float>(router), at<float>(bias), tokens, width, num_experts, chosen, norm_min,
+          at<int64_t>(expert_ids), at<float>(weights));
+}
+
+void run_rmsnorm(Address x, Address weight, float eps, int64_t tokens, int64_t width, Address out) {
+    nb::gil_scoped_release release;
+    for (int64_t t = 0; t < tokens; ++t)
+        rotate_kernels().rmsnorm(at<float>(x) + t * width, at<float>(weight), eps, width, at<float>(out) + t * width);
+}
+
 void run_rotate_quantize(Address x, Array<float> signs, int64_t tokens, int64_t columns, int block, Address q,
                          Address scale, Address sum) {
     check_block(columns, block);
@@ -120,6 +163,10 @@ void bind_kernels(nb::module_& m) {
     m.def("set_num_threads", &set_num_threads, nb::arg("count"));
     m.def("rotate_quantize", &run_rotate_quantize);
     m.def("experts", &run_experts);
+    m.def("mlp", &run_mlp);
+    m.def("qkv", &run_qkv);
+    m.def("route", &run_route);
+    m.def("rmsnorm", &run_rmsnorm);
     m.def("read_all", [](Array<uint8_t> data) {
         nb::gil_scoped_release release;
         return read_all(data.data(), int64_t(data.size()));

@@ -145,4 +145,66 @@ void experts(const TrellisBank& gate_up, const TrellisBank& down, const float* h
     });
 }
 
+void linear_shared(const TrellisBank* const* banks, int64_t count, const float* x, int64_t tokens, float* const* y) {
+    static thread_local ActivationBuffer buffers[4];
+    Activations own[4];
+    TrellisMatrix matrices[4];
+    for (int64_t i = 0; i < count; ++i) {
+        const TrellisBank& bank = *banks[i];
+        own[i] = i && bank.signs == banks[i - 1]->signs
+                     ? own[i - 1]
+                     : buffers[i].fill(x, bank.signs_or_null(), tokens, bank.columns, bank.block);
+        matrices[i] = bank.matrix(0);
+    }
+    linear_each(matrices, own, y, count);
+}
+
+void mlp(const TrellisBank& gate, const TrellisBank& up, const TrellisBank& down, const float* x, int64_t tokens,
+         float* out) {
+    static thread_local std::vector<float> memory;
+    static thread_local ActivationBuffer buffer;
+    const int64_t size = gate.rows;
+    float* first = grown(memory, 3 * tokens * size);
+    float* const both[2] = {first, first + tokens * size};
+    float* middle = first + 2 * tokens * size;
+    const TrellisBank* const banks[2] = {&gate, &up};
+    linear_shared(banks, 2, x, tokens, both);
+    const RotateKernels& kernels = rotate_kernels();
+    parallel(tokens, [&](int64_t t) {
+        kernels.swiglu(both[0] + t * size, both[1] + t * size, size, middle + t * size);
+    });
+    linear(down.matrix(0), buffer.fill(middle, down.signs_or_null(), tokens, down.columns, down.block), out);
+}
+
+void route(const float* x, const float* router, const float* bias, int64_t tokens, int64_t width, int64_t num_experts,
+           int64_t chosen, float norm_min, int64_t* expert_ids, float* weights) {
+    static thread_local std::vector<float> memory;
+    float* logits = grown(memory, tokens * num_experts);
+    const RotateKernels& kernels = rotate_kernels();
+    const int64_t slices = 4, slice = (num_experts + slices - 1) / slices;
+    parallel(tokens * slices, [&](int64_t item) {
+        const int64_t t = item / slices, first = item % slices * slice;
+        for (int64_t e = first; e < std::min(num_experts, first + slice); ++e)
+            logits[t * num_experts + e] = kernels.dot(x + t * width, router + e * width, width);
+    });
+    for (int64_t t = 0; t < tokens; ++t) {
+        float* row = logits + t * num_experts;
+        const float total = kernels.exp_sum(row, *std::max_element(row, row + num_experts), num_experts, row);
+        for (int64_t e = 0; e < num_experts; ++e) row[e] /= total;
+        float sum = 0.0f;
+        for (int64_t k = 0; k < chosen; ++k) {
+            int64_t best = -1;
+            for (int64_t e = 0; e < num_experts; ++e) {
+                const bool is_taken = std::find(expert_ids + t * chosen, expert_ids + t * chosen + k, e) !=
+                                      expert_ids + t * chosen + k;
+                if (!is_taken && (best < 0 || row[e] + bias[e] > row[best] + bias[best])) best = e;
+            }
+            expert_ids[t * chosen + k] = best;
+            weights[t * chosen + k] = row[best];
+            sum += row[best];
+        }
+        for (int64_t k = 0; k < chosen; ++k) weights[t * chosen + k] /= std::max(sum, norm_min);
+    }
+}
+
 }  // namespace duomo

@@ -50,6 +50,18 @@ private:
     std::vector<int32_t> sum_;
 };
 
+// out[T][D] = down(silu(gate x) * up x): one MLP of single matrices.
+void mlp(const TrellisBank& gate, const TrellisBank& up, const TrellisBank& down, const float* x, int64_t tokens,
+         float* out);
+
+// Products of the same x[T][K] with several matrices, rotated once for neighbours that share their signs.
+void linear_shared(const TrellisBank* const* banks, int64_t count, const float* x, int64_t tokens, float* const* y);
+
+// The K experts of each token and their weights: softmax of x router^T in fp32, the largest of probability + bias,
+// weights from the unbiased probabilities, divided by their sum (at least norm_min).
+void route(const float* x, const float* router, const float* bias, int64_t tokens, int64_t width, int64_t num_experts,
+           int64_t chosen, float norm_min, int64_t* expert_ids, float* weights);
+
 // hidden [T][D] and out [T][D] fp32; expert_ids [T][K] in [0, E); weights [T][K].
 void experts(const TrellisBank& gate_up, const TrellisBank& down, const float* hidden, const int64_t* expert_ids,
              const float* weights, int64_t tokens, int64_t chosen, float* out);

@@ -219,6 +219,18 @@ void linear_rows(const Int8Matrix& matrix, const Activations& x, int64_t first, 
     multiply_rows(matrix, x, first, count, y, y_stride);
 }
 
+void linear_each(const TrellisMatrix* matrices, const Activations* x, float* const* y, int64_t count) {
+    constexpr int64_t slice = 8 * kPanelRows;
+    int64_t items = 0;
+    for (int64_t i = 0; i < count; ++i) items += (matrices[i].rows + slice - 1) / slice;
+    parallel(items, [&](int64_t item) {
+        int64_t i = 0;
+        for (; item >= (matrices[i].rows + slice - 1) / slice; ++i) item -= (matrices[i].rows + slice - 1) / slice;
+        const int64_t first = item * slice, rows = std::min(slice, matrices[i].rows - first);
+        multiply_rows(matrices[i], x[i], first, rows, y[i] + first, matrices[i].rows);
+    });
+}
+
 void linear(const TrellisMatrix& matrix, const Activations& x, float* y) { multiply(matrix, x, y); }
 void linear(const Int8Matrix& matrix, const Activations& x, float* y) { multiply(matrix, x, y); }
 

@@ -93,6 +93,9 @@ Start start_of(const TrellisMatrix&, int64_t column_block, int64_t tile);
 void linear_rows(const TrellisMatrix&, const Activations&, int64_t first, int64_t count, float* y, int64_t y_stride);
 void linear_rows(const Int8Matrix&, const Activations&, int64_t first, int64_t count, float* y, int64_t y_stride);
 
+// Several products of T tokens side by side on the pool, y[i] being [T][matrices[i].rows].
+void linear_each(const TrellisMatrix* matrices, const Activations* x, float* const* y, int64_t count);
+
 // The whole product y[T][rows], on the pool.
 void linear(const TrellisMatrix&, const Activations&, float* y);
 void linear(const Int8Matrix&, const Activations&, float* y);

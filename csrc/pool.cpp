@@ -62,18 +62,29 @@ public:
         count_ = count;
         body_ = body;
         context_ = context;
-        next_.store(0, std::memory_order_relaxed);
-        busy_.store(uint32_t(size_ - 1), std::memory_order_relaxed);
-        generation_.fetch_add(1, std::memory_order_release);
+        done_.store(0, std::memory_order_relaxed);
+        const uint32_t generation = generation_.load(std::memory_order_relaxed) + 1;
+        ticket_.store(uint64_t(generation) << 32 | uint64_t(count), std::memory_order_release);
+        generation_.store(generation, std::memory_order_release);
         generation_.notify_all();
-        take_items();
-        for (uint32_t left = busy_.load(std::memory_order_acquire); left;) left = wait_for_change(busy_, left);
+        take_items(generation);
+        for (uint32_t done; (done = done_.load(std::memory_order_acquire)) != uint32_t(count);)
+            wait_for_change(done_, done);
     }
 
 private:
-    void take_items() {
-        for (int64_t item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < count_;)
-            body_(context_, item);
+    // The ticket is the piece's number and its items left. Whoever takes one by exchange knows that the piece cannot
+    // end before it reports the item done, so body, context and count are this piece's. The caller waits for items,
+    // not for workers: one that is not awake, because another process has its core, is not missed.
+    void take_items(uint32_t generation) {
+        for (uint64_t ticket = ticket_.load(std::memory_order_acquire);;) {
+            if (uint32_t(ticket >> 32) != generation || uint32_t(ticket) == 0) return;
+            if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) continue;
+            const int64_t count = count_;
+            body_(context_, count - int64_t(uint32_t(ticket)));
+            if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == uint32_t(count)) done_.notify_one();
+            ticket = ticket_.load(std::memory_order_acquire);
+        }
     }
 
     void work() {
@@ -82,8 +93,7 @@ private:
         for (;;) {
             seen = wait_for_change(generation_, seen);
             if (stopping_) return;
-            take_items();
-            if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_one();
+            take_items(seen);
         }
     }
 
@@ -93,8 +103,8 @@ private:
     int64_t count_ = 0;
     void (*body_)(void*, int64_t) = nullptr;
     void* context_ = nullptr;
-    alignas(64) std::atomic<int64_t> next_{0};
-    alignas(64) std::atomic<uint32_t> busy_{0};
+    alignas(64) std::atomic<uint64_t> ticket_{0};
+    alignas(64) std::atomic<uint32_t> done_{0};
     alignas(64) std::atomic<uint32_t> generation_{0};
 };
 

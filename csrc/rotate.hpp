@@ -16,6 +16,13 @@ struct RotateKernels {
                             int32_t* sum);
     // out[i] = silu(gate[i]) * up[i], i < count; any count.
     void (*swiglu)(const float* gate, const float* up, int64_t count, float* out);
+    // out = weight * (x / sqrt(mean(x^2) + eps)), one row.
+    void (*rmsnorm)(const float* x, const float* weight, float eps, int64_t count, float* out);
+    // Rotates adjacent pairs of one head in place: cos and sin are [count / 2].
+    void (*rotate_pairs)(float* x, const float* cos, const float* sin, int64_t count);
+    float (*dot)(const float* a, const float* b, int64_t count);
+    // out[i] = e^(x[i] - shift); returns their sum.
+    float (*exp_sum)(const float* x, float shift, int64_t count, float* out);
     // out[i] += weight * x[i]
     void (*add_scaled)(const float* x, float weight, int64_t count, float* out);
 };

@@ -119,4 +119,55 @@ void add_scaled(const float* x, float weight, int64_t count, float* out) {
     for (; i < count; ++i) out[i] += x[i] * weight;
 }
 
+inline float sum_lanes(F32x16 v) {
+    float sum = 0.0f;
+    for (int half = 8; half >= 1; half /= 2) v = v + __builtin_shuffle(v, kIndex ^ half);
+    sum = v[0];
+    return sum;
+}
+
+// Four partial sums hide the latency of addition; the rest is added one by one.
+float dot(const float* a, const float* b, int64_t count) {
+    F32x16 sum[4] = {};
+    int64_t i = 0;
+    for (; i + 64 <= count; i += 64)
+        for (int part = 0; part < 4; ++part) sum[part] += load(a + i + 16 * part) * load(b + i + 16 * part);
+    for (; i + 16 <= count; i += 16) sum[0] += load(a + i) * load(b + i);
+    float rest = 0.0f;
+    for (; i < count; ++i) rest += a[i] * b[i];
+    return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+}
+
+void rmsnorm(const float* x, const float* weight, float eps, int64_t count, float* out) {
+    const float scale = 1.0f / __builtin_sqrtf(dot(x, x, count) / float(count) + eps);
+    for (int64_t i = 0; i < count; ++i) out[i] = weight[i] * (x[i] * scale);
+}
+
+void rotate_pairs(float* x, const float* cos, const float* sin, int64_t count) {
+    for (int64_t i = 0; i < count / 2; ++i) {
+        const float even = x[2 * i], odd = x[2 * i + 1];
+        x[2 * i] = even * cos[i] - odd * sin[i];
+        x[2 * i + 1] = odd * cos[i] + even * sin[i];
+    }
+}
+
+float exp_sum(const float* x, float shift, int64_t count, float* out) {
+    F32x16 sum = {};
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        const F32x16 e = exponential(load(x + i) - shift);
+        store(out + i, e);
+        sum += e;
+    }
+    if (i < count) {
+        float in[16], e[16];
+        for (int lane = 0; lane < 16; ++lane) in[lane] = i + lane < count ? x[i + lane] : shift - 200.0f;
+        store(e, exponential(load(in) - shift));
+        for (int lane = 0; lane < 16; ++lane) e[lane] = i + lane < count ? e[lane] : 0.0f;
+        sum += load(e);
+        std::memcpy(out + i, e, size_t(count - i) * 4);
+    }
+    return sum_lanes(sum);
+}
+
 }  // namespace

@@ -1,0 +1,99 @@
+"""Types of the native module; built from csrc/ by CMake."""
+
+import numpy as np
+import numpy.typing as npt
+
+def best_isa() -> str: ...
+def current_isa() -> str: ...
+def set_isa(cap: str) -> None: ...
+def num_threads() -> int: ...
+def set_num_threads(count: int) -> None: ...
+def read_all(data: npt.NDArray[np.uint8]) -> int: ...
+def rotate_quantize(
+    x: int,
+    signs: npt.NDArray[np.float32],
+    tokens: int,
+    columns: int,
+    block: int,
+    q: int,
+    scale: int,
+    sum: int,
+    /,
+) -> None: ...
+def experts(
+    gate_up: Trellis,
+    down: Trellis,
+    hidden: int,
+    expert_ids: int,
+    weights: int,
+    tokens: int,
+    chosen: int,
+    out: int,
+    /,
+) -> None: ...
+def mlp(gate: Trellis, up: Trellis, down: Trellis, x: int, tokens: int, out: int, /) -> None: ...
+def qkv(
+    q: Trellis,
+    k: Trellis,
+    v: Trellis,
+    x: int,
+    tokens: int,
+    head_dim: int,
+    cos: int,
+    sin: int,
+    query: int,
+    key: int,
+    value: int,
+    /,
+) -> None: ...
+def route(
+    x: int,
+    router: int,
+    bias: int,
+    tokens: int,
+    width: int,
+    num_experts: int,
+    chosen: int,
+    norm_min: float,
+    expert_ids: int,
+    weights: int,
+    /,
+) -> None: ...
+def rmsnorm(x: int, weight: int, eps: float, tokens: int, width: int, out: int, /) -> None: ...
+def viterbi_encode(
+    targets: npt.NDArray[np.uint16],
+    columns: npt.NDArray[np.uint8],
+    levels: npt.NDArray[np.uint16],
+    bits: int,
+    seam_steps: int,
+    num_threads: int,
+    isa: str,
+) -> npt.NDArray[np.uint8]: ...
+
+class Trellis:
+    def __init__(
+        self,
+        bits: int,
+        code_columns: npt.NDArray[np.uint8],
+        codebook: npt.NDArray[np.int8],
+        unit: float,
+        codes: npt.NDArray[np.uint8],
+        row_scale: npt.NDArray[np.uint16],
+        count: int,
+        rows: int,
+        columns: int,
+        chain: int,
+        block: int,
+        signs: npt.NDArray[np.float32],
+    ) -> None: ...
+    def linear(self, expert: int, x: int, tokens: int, y: int) -> None: ...
+
+class Integers:
+    def __init__(
+        self,
+        levels: npt.NDArray[np.int8],
+        row_scale: npt.NDArray[np.uint16],
+        block: int,
+        signs: npt.NDArray[np.float32],
+    ) -> None: ...
+    def linear(self, x: int, tokens: int, y: int) -> None: ...
