@@ -10,6 +10,7 @@ is `handbook`. Every method quantizes the same tensors of the same model; the re
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,13 +19,18 @@ from torch import Tensor
 
 from duomo.bench.corpora import read_corpus
 from duomo.bench.ggml import BITS, Ggml
+from duomo.checkpoints import save_model
 from duomo.checkpoints.smollm2 import build_smollm2, build_tokenizer
+from duomo.checkpoints.stream import load_dequantized
 from duomo.model import Ernie, PackedCausal, build_batch
 from duomo.model.layers import Linear
+from duomo.processing.prompt import Prompt
+from duomo.quant import quantize
 from duomo.quant.calibration import Recorder
 from duomo.quant.feedback import feed_back, inverse_factor, quantize_matrices
 from duomo.quant.hessian import rotate, rotate_hessian
 from duomo.quant.judge import compare_logits, summarize
+from duomo.quant.plan import BitPlan, Kind
 from duomo.trellis import LCC2_10, LCC2_12, LCC2_14
 from duomo.trellis.code import TrellisCode
 
@@ -121,6 +127,48 @@ def measure_down(library: Ggml | None, calibration_tokens: int, judged_tokens: i
         judge(title, reference, model, prompts, bits)
 
 
+class FfnOnly(BitPlan):
+    """Routed and shared FFN weights at 2 bits, the rest as it was."""
+
+    def kind(self, name: str) -> Kind:
+        is_ffn = ".mlp.shared." in name or name.endswith((".text.gate_up", ".text.down"))
+        return Kind.TWO if is_ffn else Kind.PLAIN
+
+
+def measure_mixture(calibration_tokens: int, judged_tokens: int, damping: float) -> None:
+    """All routed and shared FFN weights at 2 bits: our pipeline, and scalar GPTQ with the same rotation."""
+    prompts, calibration = windows("foldoc", judged_tokens), windows("handbook", calibration_tokens)
+    model = build_smollm2()
+    reference = run(model, prompts)
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "source", Path(folder) / "target"
+        save_model(model, source, torch.float32)
+        quantize(source, target, FfnOnly(), [Prompt(ids) for ids in calibration], num_threads=2)
+        judge("LCC2 L=12, pipeline", reference, load_dequantized(target, torch.float32), prompts, 2.03)
+    with Recorder(model) as recorder:
+        run(model, calibration)
+    for title, method in (
+        ("LCC2 L=12, one pass", trellis(LCC2_12, damping)),
+        ("scalar GPTQ + rotation", scalar(damping)),
+    ):
+        other = build_smollm2()
+        for name, parameter in other.named_parameters():
+            if FfnOnly().kind(name) is Kind.TWO:
+                weights = parameter.data if parameter.dim() == 3 else parameter.data[None]
+                for weight, hessian in zip(weights, _hessians(recorder, name), strict=True):
+                    weight.copy_(method(weight.clone(), hessian))
+        judge(title, reference, other, prompts, 2.03)
+
+
+def _hessians(recorder: Recorder, name: str) -> list[Tensor]:
+    """Of the fitted tokens: each expert's own, or the one of a plain matrix."""
+    home, _, last = name.rpartition(".")
+    if home in recorder.linears:
+        return [recorder.linears[home][0].matrix]
+    grams = recorder.banks[home][0]
+    return [gram.matrix for gram in (grams.gate_up if last == "gate_up" else grams.down)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["down", "mixture"])
@@ -133,7 +181,7 @@ def main() -> None:
         library = Ggml(given.wheel) if given.wheel else None
         measure_down(library, given.calibration_tokens, given.judged_tokens, given.damping)
     else:
-        raise SystemExit("later")
+        measure_mixture(given.calibration_tokens, given.judged_tokens, given.damping)
 
 
 if __name__ == "__main__":

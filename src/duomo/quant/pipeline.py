@@ -54,7 +54,7 @@ class Progress:
 def quantize(
     source: str | Path,
     target: str | Path,
-    bits: str = "2",
+    bits: str | BitPlan = "2",
     calibration: Sequence[Prompt] = (),
     budget_bytes: int = 0,
     code: TrellisCode = LCC2_12,
@@ -65,10 +65,12 @@ def quantize(
 
     Without calibration prompts weights are rounded with no error feedback, and the report says so. An
     interrupted run is taken up again by the same call. ConfigError where `target` holds something else.
+    `bits` is a preset's name or a plan of one's own.
     """
     source, target = Path(source), Path(target)
     stream = CheckpointStream(source)
-    plan = _settle_plan(build_plan(bits, stream.config, code), stream, budget_bytes, calibration)
+    plan = bits if isinstance(bits, BitPlan) else build_plan(bits, stream.config, code)
+    plan = _settle_plan(plan, stream, budget_bytes, calibration)
     run = _Run(source, target, stream, plan, calibration, num_threads, progress)
     return run.go()
 
