@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from duomo.processing.messages import ImagePart, Message
 from duomo.processing.patches import normalize
 from duomo.processing.prompt import MediaSpan
+from duomo.processing.template import render_with_labels
 from duomo.processing.tokenizer import Tokenizer
-from duomo.tasks import Example, Handwriting, digits
+from duomo.tasks import Example, Handwriting, Turn, dialogue, digits
 from duomo.train.batches import BlockCache, collate, model_batch, patches_tensor
 from duomo.train.render import IGNORE, Renderer, Sample
 from duomo.train.run import build_model
@@ -88,3 +93,57 @@ def test_a_conversation_asks_only_its_last_turn(tokenizer: Tokenizer, example: E
     labels = [label for label in sample.labels if label != IGNORE]
     assert tokenizer.decode(labels[:-1]).endswith(example.turns[-1].answer)
     assert sample.ids.count(tokenizer.special_id("<|end_of_sentence|>")) == len(example.turns)
+
+
+def as_png(example: Example) -> ImagePart:
+    stream = BytesIO()
+    Image.fromarray(example.picture).save(stream, format="PNG")
+    return ImagePart(stream.getvalue())
+
+
+def answer_of(turn: Turn) -> Message:
+    return (
+        Message.of("assistant", turn.answer)
+        if turn.reasoning is None
+        else Message("assistant", Message.of("assistant", turn.answer).parts, turn.reasoning)
+    )
+
+
+def test_training_sees_the_ids_and_labels_of_serving(
+    tokenizer: Tokenizer, example: Example, pool: Handwriting
+) -> None:
+    """One question behind a picture, with and without thinking, is what the chat template renders."""
+    turns = [*example.turns, *digits.generate(np.random.default_rng(11), pool, num_turns=8).turns]
+    assert {turn.reasoning is None for turn in turns} == {True, False}
+    for turn in turns:
+        sample = blocks_of(Renderer(tokenizer), Example((turn,), example.scene, example.picture))
+        asked = Message.of("user", as_png(example), turn.question)
+        served = render_with_labels([asked, answer_of(turn)], tokenizer)
+        assert sample.ids == served.prompt.ids
+        assert sample.labels == served.labels
+        assert sample.patches is not None
+        assert np.array_equal(sample.patches, served.prompt.media[0].patches)
+        assert sample.media_start == served.prompt.spans[0].start
+
+
+def test_text_alone_and_history_are_rendered_as_in_serving(tokenizer: Tokenizer, example: Example) -> None:
+    class Conversation:
+        def random(self) -> float:
+            return 0.3
+
+    for seed in range(20):
+        talk = dialogue.generate(np.random.default_rng(seed), "train")
+        sample = blocks_of(Renderer(tokenizer), talk)
+        served = render_with_labels(
+            [Message.of("user", talk.turns[0].question), answer_of(talk.turns[0])], tokenizer
+        )
+        assert (sample.ids, sample.labels) == (served.prompt.ids, served.labels)
+    sample = Renderer(tokenizer).render(example, Conversation())  # type: ignore[arg-type]
+    history = []
+    for index, turn in enumerate(example.turns):
+        media = [as_png(example)] if index == 0 else []
+        history.append(Message.of("user", *media, turn.question))
+        last = index == len(example.turns) - 1
+        history.append(answer_of(turn) if last else Message.of("assistant", turn.answer))
+    served = render_with_labels(history, tokenizer)
+    assert (sample.ids, sample.labels) == (served.prompt.ids, served.labels)

@@ -10,11 +10,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from io import BytesIO
 
 import numpy as np
+from PIL import Image
 
-from duomo.processing.patches import patchify
-from duomo.processing.prompt import Media, MediaSpan, Prompt
+from duomo.processing.messages import ImagePart, Message, TextPart
+from duomo.processing.prompt import Prompt
+from duomo.processing.template import build_prompt
 from duomo.processing.tokenizer import Tokenizer
 from duomo.tasks import Example, Handwriting, Turn, dialogue, digits, shapes
 from duomo.tasks.scene import Pixels
@@ -95,32 +98,16 @@ def hash_of(questions: list[Question]) -> str:
 
 
 def prompt_of(question: Question, tokenizer: Tokenizer) -> Prompt:
-    """The prompt of a single user turn in the words of the chat template (spec 5.2)."""
-    special = tokenizer.special_id
-    text = question.question + "\nAssistant: "
-    if question.picture is None:
-        ids = [special("<|begin_of_sentence|>"), *tokenizer.encode("User: " + text)]
-        return Prompt(ids + _ending(question.thinking, tokenizer))
-    patches, grid = patchify(question.picture)
-    head = [
-        special("<|begin_of_sentence|>"),
-        *tokenizer.encode("User: Picture 1:"),
-        special("<|IMAGE_START|>"),
-    ]
-    ids = [
-        *head,
-        *[special("<|IMAGE_PLACEHOLDER|>")] * grid.num_tokens,
-        special("<|IMAGE_END|>"),
-        *tokenizer.encode(text),
-        *_ending(question.thinking, tokenizer),
-    ]
-    media = Media("image", patches, grid, blake2b(patches.tobytes(), digest_size=16).digest())
-    return Prompt(ids, (media,), (MediaSpan(len(head), grid),))
+    """The prompt of a single user turn, as the server makes it: picture as PNG, then the question."""
+    parts = (
+        (TextPart(question.question),)
+        if question.picture is None
+        else (_png(question.picture), TextPart(question.question))
+    )
+    return build_prompt([Message("user", parts)], tokenizer, thinking=question.thinking)
 
 
-def _ending(thinking: bool, tokenizer: Tokenizer) -> list[int]:
-    opening = [tokenizer.special_id("<think>")]
-    if thinking:
-        return opening
-    blank = tokenizer.encode("\n\n")
-    return [*opening, *blank, tokenizer.special_id("</think>"), *blank]
+def _png(picture: Pixels) -> ImagePart:
+    stream = BytesIO()
+    Image.fromarray(picture).save(stream, format="PNG")
+    return ImagePart(stream.getvalue())
