@@ -1,7 +1,7 @@
 """One expert layer of the 28B really quantized, with feedback: `python -m duomo.bench.layer`.
 
-Weights are seeded normals (nobody ships the trained ones in a package); inputs are correlated normals, one draw
-to fit and one to judge. What is real: shapes, every step of the encoder, the file, the seconds.
+Weights are seeded normals (no package carries the trained ones); inputs are correlated normals, one draw to
+fit and one to judge. What is real: shapes, every step of the encoder, the file, the seconds.
 """
 
 from __future__ import annotations
