@@ -60,19 +60,31 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def run(
+    model: Path | None = None,
+    cache: Path = Path("runs/cache"),
+    json_path: Path | None = None,
+    num_read: int | None = None,
+    num_other: int | None = None,
+) -> None:
+    """Evaluates and prints the table; None takes the embedded model and the frozen counts."""
+    counts = (NUM_READ if num_read is None else num_read, NUM_OTHER if num_other is None else num_other)
+    result = evaluate(model or EMBEDDED, cache, *counts)
+    print(table(result))
+    if json_path:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=EMBEDDED, help="folder of a checkpoint")
+    parser.add_argument("--model", type=Path, help="folder of a checkpoint; the embedded model if none")
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="where fetched packages lie")
     parser.add_argument("--json", type=Path, help="also write the result here")
-    parser.add_argument("--read", type=int, default=NUM_READ, help="pictures to read")
-    parser.add_argument("--other", type=int, default=NUM_OTHER, help="questions of every other kind")
+    parser.add_argument("--read", type=int, help="pictures to read")
+    parser.add_argument("--other", type=int, help="questions of every other kind")
     options = parser.parse_args()
-    result = evaluate(options.model, options.cache, options.read, options.other)
-    print(table(result))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    run(options.model, options.cache, options.json, options.read, options.other)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,21 +38,25 @@ def corpus(cache_folder: Path, recipe: Recipe) -> Iterator[str]:
                 yield entry["translation"]["en"]
 
 
+def run(folder: Path, cache: Path, steps: Sequence[int | None] = ()) -> None:
+    """Trains or resumes the recipe in `folder`; `steps` replaces the lengths of its stages, in order."""
+    recipe = Recipe().with_steps(*steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "tokenizer.json").is_file():
+        train_vocabulary(corpus(cache, recipe), folder / "tokenizer.json")
+    print(f"{Tokenizer.load(folder).vocab_size} ids in the vocabulary", flush=True)
+    train(recipe, folder, cache, say=lambda line: print(line, flush=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/tiny"), help="where the run keeps its state"
     )
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="where fetched packages lie")
-    parser.add_argument("--vision-steps", type=int, help="steps of the dense vision stage")
-    parser.add_argument("--joint-steps", type=int, help="steps of the joint stage")
+    parser.add_argument("--steps", type=int, nargs="*", default=[], help="steps of each stage, in order")
     options = parser.parse_args()
-    recipe = Recipe().with_steps(options.vision_steps, options.joint_steps)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    if not (options.folder / "tokenizer.json").is_file():
-        train_vocabulary(corpus(options.cache, recipe), options.folder / "tokenizer.json")
-    print(f"{Tokenizer.load(options.folder).vocab_size} ids in the vocabulary", flush=True)
-    train(recipe, options.folder, options.cache, say=lambda line: print(line, flush=True))
+    run(options.folder, options.cache, options.steps)
 
 
 if __name__ == "__main__":
