@@ -115,6 +115,50 @@ def test_experts_agree(isa, tokens, dtype):
         assert error < (2e-3 if dtype == torch.float32 else 4e-3)
 
 
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_mlp_agrees(isa, tokens):
+    weights = [
+        TrellisWeight(random_matrix("lcc4-12", *shape)) for shape in ((192, 128), (192, 128), (128, 192))
+    ]
+    fast, plain = (room.packed_mlp(inputs(tokens, 128), *weights) for room in (cpu, reference))
+    assert fast.shape == plain.shape == (tokens, 128)
+    if tokens:
+        assert (fast - plain).norm() / plain.norm() < 2e-3
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_queries_keys_and_values_are_the_same_bits(isa, tokens):
+    weights = [TrellisWeight(random_matrix("lcc4-12", rows, 128, seed=rows % 3)) for rows in (192, 64, 64)]
+    angles = torch.randn(tokens, 8)
+    fast = cpu.packed_qkv(inputs(tokens, 128), *weights, angles.cos(), angles.sin())
+    plain = reference.packed_qkv(inputs(tokens, 128), *weights, angles.cos(), angles.sin())
+    assert all(torch.equal(a, b) for a, b in zip(fast, plain, strict=True))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("width", [80, 128, 337])
+def test_routing_agrees(isa, tokens, width):
+    generator = torch.Generator().manual_seed(width)
+    hidden = torch.randn(tokens, width, generator=generator)
+    router, bias = (
+        torch.randn(13, width, generator=generator) * 0.3,
+        torch.randn(13, generator=generator) * 0.1,
+    )
+    fast, plain = cpu.route(hidden, router, bias, 4), reference.route(hidden, router, bias, 4)
+    assert torch.equal(fast.expert_ids_TK, plain.expert_ids_TK)
+    torch.testing.assert_close(fast.weights_TK, plain.weights_TK, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("width", [64, 337])
+def test_norm_agrees(isa, tokens, width):
+    weight = torch.randn(width)
+    fast = cpu.rmsnorm(inputs(tokens, width), weight, 1e-5)
+    torch.testing.assert_close(
+        fast, reference.rmsnorm(inputs(tokens, width), weight, 1e-5), rtol=1e-5, atol=1e-6
+    )
+
+
 def test_a_token_does_not_depend_on_its_neighbours(isa):
     gate_up, down = random_bank("lcc2-12", 4, 128, 64), random_bank("lcc2-12", 4, 64, 64)
     generator = torch.Generator().manual_seed(1)

@@ -12,6 +12,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from duomo.kernels.weights import Int8Weight, PackedWeight, TrellisWeight
 from duomo.trellis import LCC2_10, LCC2_12, LCC2_14, LCC4_12, IntTensor, TrellisBank, TrellisCode
 
 ROWS, COLUMNS = 3072, 2560  # gate and up of a text expert of VL-28B-A3B
+CODES = (LCC2_10, LCC2_12, LCC2_14, LCC4_12)
 ISAS = ("avx512", "avx2", "portable", "neon")
 
 
@@ -51,7 +53,7 @@ def product(weight: PackedWeight, tokens: int = 1) -> Callable[[int], None]:
     return run
 
 
-def best_seconds(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
+def best_seconds(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Least time of each call, in turns, for about `seconds` each."""
     best = dict.fromkeys(calls, float("inf"))
     end = time.perf_counter() + seconds * len(calls)
@@ -67,14 +69,14 @@ def measure_cache(isa: str, seconds: float) -> dict[str, float]:
     """G weights/s of one thread over one matrix, again and again."""
     _native.set_isa(isa)
     _native.set_num_threads(1)
-    codes = {code.name: product(random_bank(code, 1)) for code in (LCC2_10, LCC2_12, LCC2_14, LCC4_12)}
-    calls = {**codes, "int8": product(random_int8())}
-    best = best_seconds({name: lambda call=call: call(0) for name, call in calls.items()}, seconds)  # type: ignore[misc]
+    weights: dict[str, PackedWeight] = {code.name: random_bank(code, 1) for code in CODES}
+    weights["int8"] = random_int8()
+    best = best_seconds({name: partial(product(weight), 0) for name, weight in weights.items()}, seconds)
     return {name: ROWS * COLUMNS / value / 1e9 for name, value in best.items()}
 
 
 def measure_memory(code: TrellisCode, seconds: float, num_bytes: int = 1 << 29) -> dict[str, float]:
-    """GB/s of all threads over a bank far larger than the caches, and of a plain reader over the same bytes."""
+    """GB/s of all threads over a bank far larger than the caches, and of a plain reader over it."""
     _native.set_isa("")
     _native.set_num_threads(0)
     count = num_bytes * 8 // code.bits // (ROWS * COLUMNS)
@@ -97,13 +99,11 @@ def measure_prefill(seconds: float, tokens: int = 512) -> dict[str, float]:
     """G multiply-adds/s of all threads with many tokens; torch's bf16 product beside it."""
     _native.set_isa("")
     _native.set_num_threads(0)
-    x, w = torch.randn(tokens, COLUMNS).bfloat16(), torch.randn(ROWS, COLUMNS).bfloat16()
-    calls: dict[str, Callable[[], None]] = {
-        code.name: (lambda call=product(random_bank(code, 1), tokens): call(0))  # type: ignore[misc]
-        for code in (LCC2_12, LCC4_12)
-    }
-    calls["int8"] = lambda call=product(random_int8(), tokens): call(0)  # type: ignore[misc]
-    calls["torch bf16"] = lambda: torch.nn.functional.linear(x, w)  # type: ignore[assignment, return-value]
+    x, matrix = torch.randn(tokens, COLUMNS).bfloat16(), torch.randn(ROWS, COLUMNS).bfloat16()
+    weights: dict[str, PackedWeight] = {code.name: random_bank(code, 1) for code in (LCC2_12, LCC4_12)}
+    weights["int8"] = random_int8()
+    calls: dict[str, Callable[[], object]] = {n: partial(product(w, tokens), 0) for n, w in weights.items()}
+    calls["torch bf16"] = partial(torch.nn.functional.linear, x, matrix)
     best = best_seconds(calls, seconds)
     return {name: tokens * ROWS * COLUMNS / value / 1e9 for name, value in best.items()}
 

@@ -4,6 +4,7 @@
 Which set serves packed weights is decided at load: DUOMO_KERNELS, else C++ where it was built.
 """
 
+import torch
 from torch import Tensor
 
 from duomo import env
@@ -34,6 +35,10 @@ __all__ = [
     "linear",
     "packed_experts",
     "packed_linear",
+    "packed_mlp",
+    "packed_qkv",
+    "packed_rmsnorm",
+    "packed_route",
     "rmsnorm",
     "rotate_halves",
     "rotate_pairs",
@@ -46,15 +51,46 @@ if is_native:
     cpu.install()
 
 
+def _takes(x: Tensor) -> bool:
+    return is_native and x.device.type == "cpu"
+
+
 def packed_linear(x: Tensor, weight: PackedWeight, index: int = 0) -> Tensor:
     """x[..., K] times a packed matrix [N, K], or matrix `index` of a bank: [..., N] in x's dtype."""
-    fast = is_native and x.device.type == "cpu" and weight.block >= NATIVE_BLOCK
-    return (cpu if fast else reference).packed_linear(x, weight, index)
+    if _takes(x) and weight.block >= NATIVE_BLOCK:
+        return cpu.packed_linear(x, weight, index)
+    return reference.packed_linear(x, weight, index)
 
 
 def packed_experts(
     hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up: TrellisWeight, down: TrellisWeight
 ) -> Tensor:
     """`experts` over packed banks gate_up [E, 2F, D] and down [E, D, F]."""
-    fast = is_native and hidden_TD.device.type == "cpu"
-    return (cpu if fast else reference).packed_experts(hidden_TD, expert_ids_TK, weights_TK, gate_up, down)
+    chosen = cpu.packed_experts if _takes(hidden_TD) else reference.packed_experts
+    return chosen(hidden_TD, expert_ids_TK, weights_TK, gate_up, down)
+
+
+def packed_mlp(x_TD: Tensor, gate: TrellisWeight, up: TrellisWeight, down: TrellisWeight) -> Tensor:
+    """down(silu(gate x) * up x) over single packed matrices, fp32 in between."""
+    return (cpu.packed_mlp if _takes(x_TD) else reference.packed_mlp)(x_TD, gate, up, down)
+
+
+def packed_qkv(
+    x_TD: Tensor, q: TrellisWeight, k: TrellisWeight, v: TrellisWeight, cos_TP: Tensor, sin_TP: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed hidden states -> rotated queries and keys, and values, as heads."""
+    return (cpu.packed_qkv if _takes(x_TD) else reference.packed_qkv)(x_TD, q, k, v, cos_TP, sin_TP)
+
+
+def packed_route(
+    hidden_TD: Tensor, router_ED: Tensor, bias_E: Tensor, num_chosen: int, norm_min: float = 1e-12
+) -> Routing:
+    """`route` of a quantized model: inference only, so the native one gives no logits."""
+    chosen = cpu.route if _takes(hidden_TD) else reference.route
+    return chosen(hidden_TD, router_ED, bias_E, num_chosen, norm_min)
+
+
+def packed_rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rmsnorm` of a quantized model; bf16 keeps the plain one, whose roundings it must have."""
+    is_wide = x.dtype == weight.dtype == torch.float32
+    return (cpu.rmsnorm if _takes(x) and is_wide else reference.rmsnorm)(x, weight, eps)

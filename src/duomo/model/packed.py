@@ -1,4 +1,4 @@
-"""The modules of a quantized model: same calls as `Linear`, `Embedding` and `ExpertBank`, packed weights inside.
+"""The modules of a quantized model: called like `Linear`, `Embedding`, `ExpertBank`, packed inside.
 
 `build_packed` makes a model from stored tensors without ever unpacking them: weights that a kernel can read
 in place stay memory-mapped. Shapes no kernel takes (a patch of 588, a bank of integers) are unpacked instead.
@@ -7,7 +7,7 @@ A fact easily missed: packed weights are no parameters, so `state_dict` shows on
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,13 @@ from duomo import kernels
 from duomo.errors import MissingTensor, ShapeMismatch, UnexpectedTensor
 from duomo.kernels.reference.packed import unrotate
 from duomo.kernels.weights import NATIVE_BLOCK, Int8Weight, PackedWeight, TrellisWeight
+from duomo.model.attention import Attention
 from duomo.model.config import ModelConfig
 from duomo.model.ernie import Embedding, Ernie
-from duomo.model.experts import ExpertBank, Router
-from duomo.model.layers import Linear
+from duomo.model.experts import MLP, ExpertBank, Router
+from duomo.model.inputs import Batch, KVCache
+from duomo.model.layers import Linear, RMSNorm
+from duomo.model.rope import Rotation
 from duomo.trellis import IntTensor, TrellisBank, TrellisTensor, hadamard
 
 Stored = TrellisTensor | TrellisBank | IntTensor | Tensor
@@ -39,7 +42,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """Rows of int8, rotated: looked up and turned back, or multiplied by as the head. `dtype` is of the rows out."""
+    """Rows of int8, rotated: looked up and turned back, or the head. Rows come out in `dtype`."""
 
     def __init__(self, weight: Int8Weight, dtype: torch.dtype) -> None:
         super().__init__()
@@ -64,11 +67,54 @@ class PackedExperts(nn.Module):
         self.router = router
         self.gate_up = gate_up
         self.down = down
+        self.listener: Callable[[Tensor], None] | None = None  # hears the chosen ids [T, K]
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
-        routing = self.router(hidden_TD)
+        router = self.router
+        routing = kernels.packed_route(
+            hidden_TD, router.weight, router.bias, router.num_chosen, router.norm_min
+        )
+        if self.listener is not None:
+            self.listener(routing.expert_ids_TK)
         chosen = (routing.expert_ids_TK, routing.weights_TK)
         return kernels.packed_experts(hidden_TD, *chosen, self.gate_up, self.down)
+
+
+class PackedMLP(nn.Module):
+    """Dense layers and shared experts: one native call."""
+
+    def __init__(self, gate: TrellisWeight, up: TrellisWeight, down: TrellisWeight) -> None:
+        super().__init__()
+        self.weights = (gate, up, down)
+
+    def forward(self, hidden_TD: Tensor, batch: Batch | None = None) -> Tensor:
+        return kernels.packed_mlp(hidden_TD, *self.weights)
+
+
+class PackedAttention(nn.Module):
+    """Queries, keys and values by one native call, rotated positions included."""
+
+    def __init__(self, q: TrellisWeight, k: TrellisWeight, v: TrellisWeight, o: TrellisWeight) -> None:
+        super().__init__()
+        self.weights = (q, k, v)
+        self.out = o
+
+    def forward(
+        self, hidden_TD: Tensor, rotation: Rotation, layer_index: int, batch: Batch, cache: KVCache
+    ) -> Tensor:
+        query, key, value = kernels.packed_qkv(hidden_TD, *self.weights, *rotation)
+        out_TNH = cache.attend(layer_index, query, key, value, batch)
+        return kernels.packed_linear(out_TNH.flatten(-2), self.out)
+
+
+class PackedNorm(nn.Module):
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self.eps = norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.packed_rmsnorm(x, self.weight, self.eps)
 
 
 def build_packed(
@@ -128,6 +174,29 @@ def _join_banks(model: Ernie, halves: dict[str, TrellisBank], dtype: torch.dtype
         elif leaf == "gate_up":
             assert isinstance(module, ExpertBank)
             _replace(model, path, PackedExperts(module.router, TrellisWeight(tensor), TrellisWeight(other)))
+
+
+def _fuse(model: Ernie) -> None:
+    """Modules all of whose matrices are trellis-coded and without bias become one call each."""
+    for path, module in list(model.decoder.named_modules()):
+        full = f"decoder.{path}"
+        if isinstance(module, Attention):
+            if weights := _weights(module.q, module.k, module.v, module.o):
+                _replace(model, full, PackedAttention(*weights))
+        elif isinstance(module, MLP):
+            if weights := _weights(module.gate, module.up, module.down):
+                _replace(model, full, PackedMLP(*weights))
+        elif isinstance(module, RMSNorm):
+            _replace(model, full, PackedNorm(module))
+
+
+def _weights(*modules: nn.Module) -> list[TrellisWeight] | None:
+    weights = [
+        m.packed
+        for m in modules
+        if isinstance(m, PackedLinear) and m.bias is None and isinstance(m.packed, TrellisWeight)
+    ]
+    return weights if len(weights) == len(modules) else None
 
 
 def _set_plain(module: nn.Module, leaf: str, tensor: Stored, dtype: torch.dtype) -> None:

@@ -7,9 +7,27 @@ from __future__ import annotations
 
 from duomo import env
 from duomo.errors import NoBackend
-from duomo.kernels.cpu.packed import packed_experts, packed_linear, quantize_activations
+from duomo.kernels.cpu.packed import (
+    packed_experts,
+    packed_linear,
+    packed_mlp,
+    packed_qkv,
+    quantize_activations,
+    rmsnorm,
+    route,
+)
 
-__all__ = ["install", "is_built", "packed_experts", "packed_linear", "quantize_activations"]
+__all__ = [
+    "install",
+    "is_built",
+    "packed_experts",
+    "packed_linear",
+    "packed_mlp",
+    "packed_qkv",
+    "quantize_activations",
+    "rmsnorm",
+    "route",
+]
 
 
 def is_built() -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from duomo.errors import KernelError
 from duomo.kernels.reference.packed import Activations
+from duomo.kernels.reference.router import Routing
 from duomo.kernels.weights import Int8Weight, PackedWeight, TrellisWeight
 
 
@@ -64,3 +65,64 @@ def packed_experts(
     pointers = (hidden.data_ptr(), ids.data_ptr(), weights.data_ptr())
     _native.experts(gate_up.native, down.native, *pointers, tokens, chosen, out.data_ptr())
     return out.to(hidden_TD.dtype)
+
+
+def packed_mlp(x_TD: Tensor, gate: TrellisWeight, up: TrellisWeight, down: TrellisWeight) -> Tensor:
+    from duomo import _native
+
+    rows = _plain(x_TD)
+    _check_width(rows, gate)
+    out = torch.empty(rows.shape[0], down.rows)
+    _native.mlp(gate.native, up.native, down.native, rows.data_ptr(), rows.shape[0], out.data_ptr())
+    return out.to(x_TD.dtype)
+
+
+def packed_qkv(
+    x_TD: Tensor, q: TrellisWeight, k: TrellisWeight, v: TrellisWeight, cos_TP: Tensor, sin_TP: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from duomo import _native
+
+    rows, tokens, head_dim = _plain(x_TD), x_TD.shape[0], 2 * cos_TP.shape[-1]
+    _check_width(rows, q)
+    out = [torch.empty(tokens, weight.rows) for weight in (q, k, v)]
+    angles = _plain(cos_TP), _plain(sin_TP)
+    assert angles[0].shape == angles[1].shape == (tokens, head_dim // 2), "one angle a token and pair"
+    places = [x.data_ptr() for x in (*angles, *out)]
+    _native.qkv(q.native, k.native, v.native, rows.data_ptr(), tokens, head_dim, *places)
+    query, key, value = (x.to(x_TD.dtype).unflatten(-1, (-1, head_dim)) for x in out)
+    return query, key, value
+
+
+def route(
+    hidden_TD: Tensor, router_ED: Tensor, bias_E: Tensor, num_chosen: int, norm_min: float = 1e-12
+) -> Routing:
+    """As the reference, but for `logits_TE`, which training alone needs: an empty tensor."""
+    from duomo import _native
+
+    hidden, router, bias = _plain(hidden_TD), _plain(router_ED), _plain(bias_E)
+    tokens, (num_experts, width) = hidden.shape[0], router.shape
+    if hidden.shape[1] != width or bias.shape != (num_experts,):
+        raise KernelError(f"hidden of width {hidden.shape[1]} for a router of {num_experts} x {width}")
+    ids = torch.empty(tokens, num_chosen, dtype=torch.int64)
+    weights = torch.empty(tokens, num_chosen)
+    places = (hidden.data_ptr(), router.data_ptr(), bias.data_ptr())
+    sizes = (tokens, width, num_experts, num_chosen)
+    _native.route(*places, *sizes, norm_min, ids.data_ptr(), weights.data_ptr())
+    return Routing(ids, weights.to(hidden_TD.dtype), torch.empty(0))
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    from duomo import _native
+
+    rows, scale = _plain(x), _plain(weight)
+    out = torch.empty_like(rows)
+    width = rows.shape[-1]
+    assert scale.shape == (width,), "one weight a column"
+    tokens = rows.numel() // width
+    _native.rmsnorm(rows.data_ptr(), scale.data_ptr(), eps, tokens, width, out.data_ptr())
+    return out.to(x.dtype)
+
+
+def _check_width(rows_TD: Tensor, weight: TrellisWeight) -> None:
+    if rows_TD.ndim != 2 or rows_TD.shape[1] != weight.columns:
+        raise KernelError(f"inputs {tuple(rows_TD.shape)} for a matrix of {weight.rows} x {weight.columns}")

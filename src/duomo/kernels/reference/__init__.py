@@ -4,7 +4,13 @@ from duomo.kernels.reference.attention import attention
 from duomo.kernels.reference.experts import experts, swiglu
 from duomo.kernels.reference.linear import linear
 from duomo.kernels.reference.norm import layernorm, rmsnorm
-from duomo.kernels.reference.packed import packed_experts, packed_linear, quantize_activations
+from duomo.kernels.reference.packed import (
+    packed_experts,
+    packed_linear,
+    packed_mlp,
+    packed_qkv,
+    quantize_activations,
+)
 from duomo.kernels.reference.rope import rotate_halves, rotate_pairs
 from duomo.kernels.reference.router import Routing, route
 
@@ -16,6 +22,8 @@ __all__ = [
     "linear",
     "packed_experts",
     "packed_linear",
+    "packed_mlp",
+    "packed_qkv",
     "quantize_activations",
     "rmsnorm",
     "rotate_halves",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from duomo.kernels.reference.rope import rotate_pairs
 from duomo.kernels.weights import PackedWeight, TrellisWeight
 
 LEAST_PEAK = 1e-30
@@ -86,3 +87,20 @@ def packed_experts(
     for choice in range(expert_ids_TK.shape[1]):
         out_TD = out_TD + weights_TK[:, choice, None].float() * terms[:, choice]
     return out_TD.to(hidden_TD.dtype)
+
+
+def packed_mlp(x_TD: Tensor, gate: TrellisWeight, up: TrellisWeight, down: TrellisWeight) -> Tensor:
+    """down(silu(gate x) * up x) in fp32 throughout; the result in x's dtype."""
+    wide = x_TD.float()
+    middle = F.silu(_product(wide, gate, 0)) * _product(wide, up, 0)
+    return _product(middle, down, 0).to(x_TD.dtype)
+
+
+def packed_qkv(
+    x_TD: Tensor, q: TrellisWeight, k: TrellisWeight, v: TrellisWeight, cos_TP: Tensor, sin_TP: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed hidden states -> rotated queries [T, N, H] and keys [T, G, H], values [T, G, H]; H is 2P."""
+    heads = (-1, 2 * cos_TP.shape[-1])
+    query, key, value = (_product(x_TD.float(), weight, 0).unflatten(-1, heads) for weight in (q, k, v))
+    query, key = rotate_pairs(query, cos_TP, sin_TP), rotate_pairs(key, cos_TP, sin_TP)
+    return query.to(x_TD.dtype), key.to(x_TD.dtype), value.to(x_TD.dtype)
