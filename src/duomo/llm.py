@@ -508,6 +508,7 @@ class _Reader:
             prompt_logprobs=output.prompt_logprobs,
             finish_reason=reason,
             usage=usage,
+            thinking=None if reason is None else self._asked.thinking,  # type: ignore[arg-type]
         )
 
     def _usage(self, output: Output) -> Usage:

@@ -30,7 +30,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def saying(tokenizer: Tokenizer, *parts: str, **options: object) -> LLM:
-    """Says the parts after `<think>` (or after the closed block); `</think>` and tool tags are control tokens."""
+    """Says the parts after `<think>`, or after the closed block; control tokens by name."""
     ids: list[int] = []
     for part in parts:
         found = tokenizer.find_special(part)
@@ -141,7 +141,14 @@ def test_a_grammar_binds_the_answer_and_not_the_thinking(tokenizer: Tokenizer) -
         choice = thinking(constraint=Constraint("choice", '["yes", "no"]'))
         whole = same(llm, choice)
         assert whole.reasoning == "the cat" and whole.text in ("yes", "no")
-        schema = '{"type":"object","properties":{"a":{"type":"boolean"}},"required":["a"],"additionalProperties":false}'
+        schema = json.dumps(
+            {
+                "type": "object",
+                "properties": {"a": {"type": "boolean"}},
+                "required": ["a"],
+                "additionalProperties": False,
+            }
+        )
         whole = same(llm, thinking(constraint=Constraint("json_schema", schema), max_tokens=80))
         assert isinstance(json.loads(whole.text)["a"], bool)
         with pytest.raises(GrammarError):

@@ -16,9 +16,8 @@ from duomo.engine.request import Constraint
 from duomo.engine.vocabulary import Vocabulary
 from duomo.errors import GrammarError
 
-
 # One spelling of JSON: free whitespace is where small models get lost for thousands of tokens.
-_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_JSON: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Grammar:

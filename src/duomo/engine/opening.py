@@ -40,6 +40,8 @@ def open_engine(
         raise ConfigError(f"dtype is {dtype}; it must be auto, float32 or bfloat16")
     if kv_dtype not in (*_ELEMENT_BYTES, "auto"):
         raise ConfigError(f"kv_dtype is {kv_dtype}; it must be auto, float32, bfloat16 or int8")
+    if page_size not in (8, 16, 32, 64, 128, 256):
+        raise ConfigError(f"page_size is {page_size}; it must be 8, 16, 32, 64, 128 or 256")
     config = load_config(folder)
     model = load_model(folder, _DTYPES.get(dtype))
     if dtype == "auto" and sum(parameter.numel() for parameter in model.parameters()) < _SMALL:

@@ -157,6 +157,7 @@ class Delta:
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    thinking: ThinkingMode | None = None  # with the last piece: what was in effect, on or off
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Who runs next, and with how many tokens. Plain Python: ints and lists, tested in milliseconds.
 
 Each step has room for `max_step_tokens`: running answers take theirs first, then prompts are filled in
-chunks, then waiting requests are admitted in order of (priority, arrival) while pages last. When a page is
-missing, the least important running request gives up all of its own: swapped out where its prefix holds
+chunks, then waiting requests are admitted in order of (priority, arrival) while pages last, or in the place
+of one of a lower class. When a page is missing, the least important running request gives up all of its own: swapped out where its prefix holds
 pictures (their features or the vision weights may be gone), forgotten and computed again otherwise.
 It keeps its place in the order, so it comes back first and nobody starves.
 """
@@ -125,10 +125,12 @@ class Scheduler:
             if sequence not in self.running:
                 continue  # preempted by a more important one in this very step
             room -= self._plan(step, sequence, room)
-        while self.waiting and room > 0 and len(self.running) < self.max_sequences:
-            candidate = self._next_admissible()
+        while self.waiting and room > 0:
+            candidate = self._next_admissible() if len(self.running) < self.max_sequences else None
             if candidate is None:
-                break
+                if not self._yield_to_important(step):
+                    break
+                continue
             self._admit(step, candidate)
             room -= self._plan(step, candidate, room)
         return step
@@ -196,6 +198,15 @@ class Scheduler:
             self.pool.release(page)
         sequence.pages = []
         sequence.num_named = 0
+
+    def _yield_to_important(self, step: Step) -> bool:
+        """A waiting request of a higher class takes the place of the least important running one."""
+        first = next((s for s in self.waiting if not self._is_twin_of_running(s)), None)
+        last = max(self.running, key=lambda s: s.order, default=None)
+        if first is None or last is None or first.request.priority >= last.request.priority:
+            return False
+        self._preempt(step, last)
+        return True
 
     def _next_admissible(self) -> Sequence | None:
         """The first in order, if its pages are there. A twin of a prompt being filled waits for it."""
