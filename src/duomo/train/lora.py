@@ -1,0 +1,168 @@
+"""Low-rank adapters on linear layers and on every expert of a bank by itself.
+
+`attach` wraps what a plan names and freezes the rest; the base keeps its tensors to the bit. An expert's
+adapter sees only the tokens routed to it. Factors A start random and B zero, so an attached adapter changes
+nothing until it has been trained. `merge` folds it into the weights and unwraps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from duomo.errors import TrainingError
+from duomo.model.experts import ExpertBank
+from duomo.model.layers import Linear
+from duomo.train.groups import group_of
+
+LINEAR_GROUPS = ("attention", "dense", "shared", "resampler", "vision_tower")
+BANK_GROUPS = ("text_experts", "vision_experts")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPlan:
+    """`ranks` by group of `train.groups`; the added weight is `scale` * B A."""
+
+    ranks: Mapping[str, int] = field(default_factory=lambda: LoraPlan.usual(8))
+    scale: float = 2.0
+
+    @staticmethod
+    def usual(rank: int) -> dict[str, int]:
+        """Attention and shared at `rank`, each expert at a sixteenth: there are many of them."""
+        expert = max(1, rank // 16)
+        return {"attention": rank, "shared": rank, "text_experts": expert, "vision_experts": expert}
+
+
+def _start(*shape: int, generator: torch.Generator) -> nn.Parameter:
+    bound = 1 / math.sqrt(shape[-1])
+    return nn.Parameter((torch.rand(shape, generator=generator) * 2 - 1) * bound)
+
+
+class LoraLinear(nn.Module):
+    """base(x) + scale * B A x; A is [r, in], B is [out, r]."""
+
+    def __init__(self, base: Linear, rank: int, scale: float, generator: torch.Generator) -> None:
+        super().__init__()
+        out_size, in_size = base.weight.shape
+        self.base, self.scale = base, scale
+        self.a = _start(rank, in_size, generator=generator)
+        self.b = nn.Parameter(torch.zeros(out_size, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        added = F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
+        return self.base(x) + self.scale * added  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def merged(self) -> Linear:
+        self.base.weight.add_((self.b @ self.a).to(self.base.weight.dtype), alpha=self.scale)
+        return self.base
+
+
+class LoraBank(nn.Module):
+    """A bank whose experts each have factors of their own for gate, up and down; the router is the base's."""
+
+    def __init__(self, base: ExpertBank, rank: int, scale: float, generator: torch.Generator) -> None:
+        super().__init__()
+        num, width, size = base.down.shape
+        self.base, self.scale = base, scale
+        self.gate_a = _start(num, rank, width, generator=generator)
+        self.gate_b = nn.Parameter(torch.zeros(num, size, rank))
+        self.up_a = _start(num, rank, width, generator=generator)
+        self.up_b = nn.Parameter(torch.zeros(num, size, rank))
+        self.down_a = _start(num, rank, size, generator=generator)
+        self.down_b = nn.Parameter(torch.zeros(num, width, rank))
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        routing = self.base.router(hidden_TD)
+        num_chosen = routing.expert_ids_TK.shape[1]
+        pairs = routing.expert_ids_TK.flatten()
+        order = pairs.argsort(stable=True)
+        counts: list[int] = torch.bincount(pairs, minlength=self.gate_a.shape[0]).tolist()
+        rows = hidden_TD[order // num_chosen].split(counts)
+        outputs = [self._expert(expert, x) for expert, x in enumerate(rows) if x.shape[0]]
+        if not outputs:
+            return torch.zeros_like(hidden_TD)
+        out = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        pairs_TKD = torch.cat(outputs)[out].unflatten(0, (-1, num_chosen))
+        weighted: Tensor = pairs_TKD * routing.weights_TK[..., None]
+        return weighted.sum(1)
+
+    def _expert(self, expert: int, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.base.gate_up[expert]).chunk(2, dim=-1)
+        gate = gate + self._added(x, self.gate_a[expert], self.gate_b[expert])
+        up = up + self._added(x, self.up_a[expert], self.up_b[expert])
+        inner = F.silu(gate) * up
+        return F.linear(inner, self.base.down[expert]) + self._added(
+            inner, self.down_a[expert], self.down_b[expert]
+        )
+
+    def _added(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return self.scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+
+    @torch.no_grad()
+    def merged(self) -> ExpertBank:
+        gate_up = torch.cat((self.gate_b @ self.gate_a, self.up_b @ self.up_a), dim=1)
+        self.base.gate_up.add_(gate_up.to(self.base.gate_up.dtype), alpha=self.scale)
+        self.base.down.add_((self.down_b @ self.down_a).to(self.base.down.dtype), alpha=self.scale)
+        return self.base
+
+
+Adapter: TypeAlias = LoraLinear | LoraBank
+
+
+def attach(model: nn.Module, plan: LoraPlan, seed: int = 0) -> dict[str, Adapter]:
+    """Wraps what the plan names and freezes all else. TrainingError for a group that matches nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, Adapter] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (Linear, ExpertBank)):
+            group = group_of(f"{name}.weight" if isinstance(module, Linear) else f"{name}.down")
+            rank = plan.ranks.get(group, 0)
+            if rank:
+                kind = LoraLinear if isinstance(module, Linear) else LoraBank
+                found[name] = kind(module, rank, plan.scale, generator)  # type: ignore[arg-type]
+    _check(plan, found)
+    model.requires_grad_(False)
+    for name, adapter in found.items():
+        _replace(model, name, adapter)
+        for key, parameter in adapter.named_parameters():
+            parameter.requires_grad_(not key.startswith("base."))
+    return found
+
+
+def merge(model: nn.Module) -> None:
+    """Folds every adapter into its base and takes the wrappers away."""
+    for name, adapter in adapters_of(model).items():
+        _replace(model, name, adapter.merged())
+
+
+def adapters_of(model: nn.Module) -> dict[str, Adapter]:
+    """Attached adapters by the name of what they wrap."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, (LoraLinear, LoraBank))}
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    holder = model.get_submodule(parent)
+    if last.isdigit() and isinstance(holder, nn.ModuleList):
+        holder[int(last)] = module
+    else:
+        setattr(holder, last, module)
+
+
+def _check(plan: LoraPlan, found: Mapping[str, Adapter]) -> None:
+    present = {
+        group_of(f"{n}.weight" if isinstance(a, LoraLinear) else f"{n}.down") for n, a in found.items()
+    }
+    for group, rank in plan.ranks.items():
+        if group not in LINEAR_GROUPS + BANK_GROUPS:
+            allowed = ", ".join(LINEAR_GROUPS + BANK_GROUPS)
+            raise TrainingError(f"no adapter is possible on {group!r}; choose from {allowed}", group=group)
+        if rank and group not in present:
+            raise TrainingError(f"the adapter's group {group!r} matches nothing in this model", group=group)
