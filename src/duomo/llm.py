@@ -31,13 +31,15 @@ from duomo.engine.request import (
 )
 from duomo.engine.text import AnswerText
 from duomo.errors import CheckpointError, ConfigError, EngineError, PromptError
-from duomo.processing.messages import Message, Tool
+from duomo.processing.messages import Message, TextPart, Tool
 from duomo.processing.prompt import Prompt
 from duomo.processing.template import TemplateDialect, build_prompt
 from duomo.processing.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from duomo.checkpoints.residency import Residency
     from duomo.engine.engine import Engine
+    from duomo.engine.process import EngineProcess
     from duomo.engine.scripted import Script
     from duomo.model.config import ModelConfig
 
@@ -79,7 +81,7 @@ class LLM:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | EngineProcess,
         tokenizer: Tokenizer,
         config: ModelConfig | None,
         name: str,
@@ -107,31 +109,47 @@ class LLM:
         feature_folder: str | Path | None = None,
         name: str | None = None,
         dialect: TemplateDialect | None = None,
+        own_process: bool = False,
+        weights_idle_s: float = 300.0,
+        weights_cap_bytes: int | None = None,
     ) -> LLM:
         """Opens a checkpoint folder; None opens the embedded model.
 
         dtype "auto" computes in fp32 below a billion parameters and in the file's dtype above; kv_dtype is
-        float32, bfloat16, int8 or auto (as the model computes). `num_drafts` > 0 turns speculation on.
+        float32, bfloat16, int8 or auto (as the model computes). `num_drafts` > 0 turns speculation on;
+        `own_process` runs the engine in a process of its own, whose death ends every open request.
+        Packed weights are read when needed: those for pictures leave memory `weights_idle_s` after the last
+        one, and above `weights_cap_bytes` the experts chosen least do.
         CheckpointError or ConfigError if the folder holds no model that duomo runs.
         """
-        from duomo.engine.opening import open_engine
+        from duomo.checkpoints import load_config
 
         folder = _embedded() if path is None else Path(path)
         tokenizer = Tokenizer.load(folder) if folder.is_dir() else _no_folder(folder)
-        engine, config = open_engine(
-            folder,
-            tokenizer,
-            dtype=dtype,
-            kv_dtype=kv_dtype,
-            kv_bytes=kv_bytes,
-            page_size=page_size,
-            max_model_tokens=max_model_tokens,
-            max_sequences=max_sequences,
-            max_step_tokens=max_step_tokens,
-            has_prefix_cache=has_prefix_cache,
-            num_drafts=num_drafts,
-            feature_folder=Path(feature_folder) if feature_folder else None,
-        )
+        config = load_config(folder)
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "kv_dtype": kv_dtype,
+            "kv_bytes": kv_bytes,
+            "page_size": page_size,
+            "max_model_tokens": max_model_tokens,
+            "max_sequences": max_sequences,
+            "max_step_tokens": max_step_tokens,
+            "has_prefix_cache": has_prefix_cache,
+            "num_drafts": num_drafts,
+            "feature_folder": str(feature_folder) if feature_folder else None,
+            "weights_idle_s": weights_idle_s,
+            "weights_cap_bytes": weights_cap_bytes,
+        }
+        engine: Engine | EngineProcess
+        if own_process:
+            from duomo.engine.process import EngineProcess
+
+            engine = EngineProcess(folder, tokenizer, options)
+        else:
+            from duomo.engine.opening import open_engine
+
+            engine, _ = open_engine(folder, tokenizer, **options)
         return cls(engine, tokenizer, config, name or config.name or folder.name, dialect)
 
     @classmethod
@@ -145,6 +163,11 @@ class LLM:
         options = {"num_pages": 512, "page_size": 16} | options
         engine = build_engine(runner, Vocabulary.of(tokenizer), **options)
         return cls(engine, tokenizer, None, name)
+
+    @property
+    def residency(self) -> Residency | None:
+        """Which packed weights are in memory; None for plain weights, or an engine in its own process."""
+        return getattr(getattr(self.engine, "runner", None), "residency", None)
 
     # ---- whole answers ----
 
@@ -273,7 +296,7 @@ class LLM:
 
     @property
     def max_model_tokens(self) -> int:
-        return self.engine.scheduler.max_model_tokens
+        return self.engine.max_model_tokens
 
     @property
     def is_alive(self) -> bool:
@@ -302,9 +325,17 @@ class LLM:
         tools: Sequence[Tool],
         **asked: Any,
     ) -> list[_Asked]:
+        if any(not isinstance(part, TextPart) for message in messages for part in message.parts):
+            self._expect_picture()
         is_thinking = self._thinks(messages, params, tools)
         prompt, is_open = self._prompt(messages, tools, is_thinking)
         return self._ready(prompt, params, is_open, bool(tools), **asked)
+
+    def _expect_picture(self) -> None:
+        """The disk reads what a picture needs while the picture is decoded."""
+        residency = self.residency
+        if residency is not None:
+            residency.expect_picture()
 
     def _ask_raw(
         self, prompt: str | Sequence[int] | Prompt, params: SamplingParams, **asked: Any

@@ -19,7 +19,7 @@ from duomo.engine.pages import PagePool
 from duomo.engine.request import Output, Request, TokenLogprob
 from duomo.engine.runner import Floats, Runner
 from duomo.engine.sampler import token_logprob
-from duomo.engine.scheduler import Scheduler, Sequence, Work
+from duomo.engine.scheduler import Scheduler, Sequence, Work, refuse
 from duomo.engine.speculation import propose
 from duomo.engine.vocabulary import Vocabulary
 from duomo.errors import ConfigError, EngineError, PromptError
@@ -98,17 +98,11 @@ class Engine:
     def validate(self, request: Request) -> None:
         if self.failure is not None:
             raise EngineError(f"the engine has stopped: {self.failure}", cause=self.failure)
-        if not request.ids:
-            raise PromptError("the prompt is empty; give at least one token")
-        size = self.runner.vocab_size
-        if not all(0 <= token < size for token in request.ids):
-            raise PromptError(f"a prompt id is outside the vocabulary of {size}")
-        bad = [token for token in request.params.logit_bias if not 0 <= token < size]
-        if bad:
-            raise ConfigError(f"logit_bias names token {bad[0]}; ids are 0 to {size - 1}", name="logit_bias")
-        limit = self.scheduler.max_model_tokens
-        if len(request.ids) >= limit:
-            self.scheduler.refuse(request)
+        check_request(request, self.runner.vocab_size, self.max_model_tokens)
+
+    @property
+    def max_model_tokens(self) -> int:
+        return self.scheduler.max_model_tokens
 
     def open_ids(self) -> list[str]:
         """Requests that have not ended."""
@@ -287,6 +281,21 @@ class Engine:
         for entry in list(self._open.values()):
             self._open.pop(entry.sequence.request.request_id, None)
             entry.sink(self._output(entry, reason=reason, cause=cause))
+
+
+def check_request(request: Request, vocab_size: int, max_model_tokens: int) -> None:
+    """PromptError, PromptTooLong or ConfigError for what could never be answered."""
+    if not request.ids:
+        raise PromptError("the prompt is empty; give at least one token")
+    if not all(0 <= token < vocab_size for token in request.ids):
+        raise PromptError(f"a prompt id is outside the vocabulary of {vocab_size}")
+    params = request.params
+    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        bad = [token for token in ids if not 0 <= token < vocab_size]
+        if bad:
+            raise ConfigError(f"{name} has token {bad[0]}; ids are 0 to {vocab_size - 1}", name=name)
+    if len(request.ids) >= max_model_tokens:
+        refuse(request, max_model_tokens)
 
 
 def build_engine(

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from duomo.checkpoints import load_config, load_model
+from duomo.checkpoints.residency import residency_of
 from duomo.engine.engine import Engine, build_engine
 from duomo.engine.runner import ModelRunner
 from duomo.engine.vocabulary import Vocabulary
@@ -33,9 +34,12 @@ def open_engine(
     max_step_tokens: int,
     has_prefix_cache: bool,
     num_drafts: int,
-    feature_folder: Path | None,
+    feature_folder: str | None,
+    weights_idle_s: float = 300.0,
+    weights_cap_bytes: int | None = None,
 ) -> tuple[Engine, ModelConfig]:
-    """ConfigError for options that cannot be right, CheckpointError for a folder that is no model."""
+    """An engine over a folder. Packed weights for pictures leave memory `weights_idle_s` after the last one;
+    above `weights_cap_bytes` the experts chosen least do. ConfigError for options that cannot be right, CheckpointError for a folder that is no model."""
     if dtype not in (*_DTYPES, "auto"):
         raise ConfigError(f"dtype is {dtype}; it must be auto, float32 or bfloat16")
     if kv_dtype not in (*_ELEMENT_BYTES, "auto"):
@@ -47,7 +51,7 @@ def open_engine(
     if dtype == "auto" and sum(parameter.numel() for parameter in model.parameters()) < _SMALL:
         model = model.float()
     if kv_dtype == "auto":
-        kv_dtype = "float32" if model.embed.weight.dtype == torch.float32 else "bfloat16"
+        kv_dtype = "float32" if model.decoder.norm.weight.dtype == torch.float32 else "bfloat16"
     most = min(max_model_tokens or config.max_positions, config.max_positions)
     num_pages = num_pages_in(kv_bytes, config, kv_dtype, page_size)
     num_pages = min(num_pages, -(-most // page_size) * max_sequences)
@@ -58,9 +62,12 @@ def open_engine(
         num_pages,
         page_size,
         kv_dtype,
-        feature_folder=feature_folder,
+        feature_folder=Path(feature_folder) if feature_folder else None,
         fingerprint=fingerprint(folder),
     )
+    runner.residency = residency_of(model)
+    if runner.residency is not None:
+        runner.residency.keep(weights_idle_s, weights_cap_bytes)
     engine = build_engine(
         runner,
         Vocabulary.of(tokenizer),

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from duomo.checkpoints.residency import Residency
 from duomo.engine.batch import Track, build_step_batch
 from duomo.engine.features import FeatureCache
 from duomo.engine.kv import PagedCache
@@ -59,6 +60,7 @@ class ModelRunner:
         self.vocab_size = model.config.vocab_size
         self.cache = PagedCache(model.config, num_pages, page_size, kv_dtype)
         self.features = FeatureCache(feature_bytes, feature_folder, fingerprint)
+        self.residency: Residency | None = None  # of packed weights; set by whoever opened them
         self._tracks: dict[str, Track] = {}
         self._swapped: dict[str, list[torch.Tensor]] = {}
 
@@ -104,6 +106,7 @@ class ModelRunner:
             "feature_bytes": self.features.num_bytes,
             "kv_bytes": self.cache.num_bytes,
             "swapped": len(self._swapped),
+            **(self.residency.gauges() if self.residency else {}),
         }
 
     def _track(self, sequence: Sequence) -> Track:

@@ -2,9 +2,9 @@
 
 Each step has room for `max_step_tokens`: running answers take theirs first, then prompts are filled in
 chunks, then waiting requests are admitted in order of (priority, arrival) while pages last, or in the place
-of one of a lower class. When a page is missing, the least important running request gives up all of its own: swapped out where its prefix holds
-pictures (their features or the vision weights may be gone), forgotten and computed again otherwise.
-It keeps its place in the order, so it comes back first and nobody starves.
+of one of a lower class. When a page is missing, the least important running request gives up all of its own:
+swapped out where its prefix holds pictures (their features or the vision weights may be gone), forgotten and
+computed again otherwise. It keeps its place in the order, so it comes back first and nobody starves.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Scheduler:
         """Queues a request. PromptTooLong if it could never run."""
         limit = self.max_model_tokens
         if len(request.ids) >= limit:
-            self.refuse(request)
+            refuse(request, limit)
         keys = PrefixKeys(self.pool.page_size, request.adapter, request.salt, request.media)
         sequence = Sequence(request, self._arrivals, list(request.ids), keys, len(request.ids))
         room = limit - len(request.ids)
@@ -104,14 +104,6 @@ class Scheduler:
         self._arrivals += 1
         insort(self.waiting, sequence, key=lambda s: s.order)
         return sequence
-
-    def refuse(self, request: Request) -> NoReturn:
-        most, given = self.max_model_tokens - 1, len(request.ids)
-        raise PromptTooLong(
-            f"the prompt has {given} tokens; with room for an answer at most {most} fit",
-            needed=given,
-            available=most,
-        )
 
     def remove(self, sequence: Sequence) -> None:
         """Finished or cancelled: its pages are given back at once."""
@@ -272,3 +264,13 @@ class Scheduler:
         counted = {page: count for page, count in enumerate(self.pool.holders) if count}
         assert held == counted, "holders do not match"
         assert all(not s.pages for s in self.waiting), "a waiting sequence holds pages"
+
+
+def refuse(request: Request, max_model_tokens: int) -> NoReturn:
+    """PromptTooLong, with both numbers."""
+    most, given = max_model_tokens - 1, len(request.ids)
+    raise PromptTooLong(
+        f"the prompt has {given} tokens; with room for an answer at most {most} fit",
+        needed=given,
+        available=most,
+    )

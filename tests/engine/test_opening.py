@@ -1,0 +1,101 @@
+"""A checkpoint folder opened whole: in this process and in its own, with real pictures; caches counted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from duomo.engine.request import SamplingParams
+from duomo.errors import CheckpointError, ConfigError, EngineError
+from duomo.llm import LLM, Question
+from duomo.processing.messages import Message
+from tests.engine.checkpoint import ask, write_checkpoint
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, thinking="off", ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def test_a_second_question_does_no_vision_work(folder: Path, tmp_path: Path) -> None:
+    with LLM.open(folder, feature_folder=tmp_path) as llm:
+        first = llm.chat(ask("what is in the picture?", 1), GREEDY)
+        assert first.usage.image_tokens == 6
+        llm.chat(ask("hello world", 1), GREEDY)
+        assert llm.stats()["media_encoded"] == 1
+        llm.reset_caches()
+        assert llm.chat(ask("what is in the picture?", 1), GREEDY).text == first.text
+        assert llm.stats()["media_encoded"] == 1  # from the folder
+    with LLM.open(folder, feature_folder=tmp_path) as llm:
+        assert llm.chat(ask("what is in the picture?", 1), GREEDY).text == first.text
+        assert llm.stats()["media_encoded"] == 0  # a restart later
+        other = llm.chat(ask("what is in the picture?", 2), GREEDY)
+        assert llm.stats()["media_encoded"] == 1 and other.token_ids != first.token_ids
+
+
+def test_a_damaged_feature_file_is_encoded_again(folder: Path, tmp_path: Path) -> None:
+    with LLM.open(folder, feature_folder=tmp_path) as llm:
+        first = llm.chat(ask("hello", 1), GREEDY)
+    (file,) = tmp_path.rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:40])
+    with LLM.open(folder, feature_folder=tmp_path) as llm:
+        assert llm.chat(ask("hello", 1), GREEDY).token_ids == first.token_ids
+        assert llm.stats()["media_encoded"] == 1
+
+
+def test_a_follow_up_takes_its_prefix_from_the_cache(folder: Path) -> None:
+    with LLM.open(folder) as llm:
+        turns = ask("what is in the picture?", 1)
+        first = llm.chat(turns, GREEDY)
+        turns += [Message.of("assistant", first.text or "cat"), Message.of("user", "hello")]
+        assert llm.chat(turns, GREEDY).usage.cached_tokens > 0
+
+
+def test_questions_share_a_prefill_and_agree_with_scoring(folder: Path) -> None:
+    with LLM.open(folder) as llm:
+        questions = [Question("cat?", ("Yes", "No", "hello world")), Question("how many?", ("1", "2", "10"))]
+        decisions = llm.decide(ask("", 3), questions)
+        stats = llm.stats()
+        assert stats["media_encoded"] == 1 and stats["cached_tokens"] > 0
+        assert decisions[1].score is not None and 1 <= decisions[1].score <= 10
+        for question, decision in zip(questions, decisions, strict=True):
+            assert sum(decision.probabilities.values()) == pytest.approx(1)
+            assert decision.answer in question.options
+
+
+def test_a_process_of_its_own_gives_the_same_answers_and_its_death_is_seen(folder: Path) -> None:
+    with LLM.open(folder) as llm:
+        expected = llm.chat(ask("what is in the picture?", 1), GREEDY)
+    llm = LLM.open(folder, own_process=True)
+    try:
+        assert llm.chat(ask("what is in the picture?", 1), GREEDY) == expected
+        assert llm.stats()["media_encoded"] == 1
+        long = SamplingParams(temperature=0, max_tokens=3000, thinking="off", ignore_eos=True)
+        stream = llm.stream(ask("hello", 1), long)
+        next(stream)
+        os.kill(llm.engine.child.pid, signal.SIGKILL)  # type: ignore[union-attr]
+        begun = time.monotonic()
+        with pytest.raises(EngineError, match="ended with code -9"):
+            list(stream)
+        assert time.monotonic() - begun < 2 and not llm.is_alive
+        with pytest.raises(EngineError, match="stopped"):
+            llm.chat(ask("hello", 1), GREEDY)
+    finally:
+        llm.close()
+
+
+def test_what_cannot_be_opened_is_said(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no folder"):
+        LLM.open(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="page_size"):
+        LLM.open(folder, page_size=17)
+    with pytest.raises(ConfigError, match="kv_dtype"):
+        LLM.open(folder, kv_dtype="fp4")
+    with pytest.raises(EngineError, match="page_size"):
+        LLM.open(folder, page_size=17, own_process=True)
