@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention.hpp"
 #include "cpu.hpp"
 #include "experts.hpp"
 #include "pool.hpp"
@@ -137,6 +138,18 @@ void run_route(Address x, Address router, Address bias, int64_t tokens, int64_t 
           at<int64_t>(expert_ids), at<float>(weights));
 }
 
+// Shapes and page numbers are checked by duomo.kernels.cpu.attention.
+void run_paged_attention(Address query, Address key, Address value, Address key_scale, Address value_scale, int stored,
+                         Address pages, int64_t table_width, int64_t page_size, Address sequence, Address num_keys,
+                         int64_t tokens, int64_t num_heads, int64_t groups, int64_t head_dim, Address out) {
+    if (groups < 1 || num_heads % groups || head_dim % 16) throw nb::value_error("heads do not divide");
+    nb::gil_scoped_release release;
+    const CacheSide keys = {at<void>(key), at<float>(key_scale), Stored(stored), groups, head_dim};
+    const CacheSide values = {at<void>(value), at<float>(value_scale), Stored(stored), groups, head_dim};
+    paged_attention(at<float>(query), keys, values, at<int64_t>(pages), table_width, page_size, at<int64_t>(sequence),
+                    at<int64_t>(num_keys), tokens, num_heads, at<float>(out));
+}
+
 void run_rmsnorm(Address x, Address weight, float eps, int64_t tokens, int64_t width, Address out) {
     nb::gil_scoped_release release;
     for (int64_t t = 0; t < tokens; ++t)
@@ -167,6 +180,7 @@ void bind_kernels(nb::module_& m) {
     m.def("qkv", &run_qkv);
     m.def("route", &run_route);
     m.def("rmsnorm", &run_rmsnorm);
+    m.def("paged_attention", &run_paged_attention);
     m.def("read_all", [](Array<uint8_t> data) {
         nb::gil_scoped_release release;
         return read_all(data.data(), int64_t(data.size()));

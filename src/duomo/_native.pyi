@@ -59,6 +59,25 @@ def route(
     weights: int,
     /,
 ) -> None: ...
+def paged_attention(
+    query: int,
+    key: int,
+    value: int,
+    key_scale: int,
+    value_scale: int,
+    stored: int,
+    pages: int,
+    table_width: int,
+    page_size: int,
+    sequence: int,
+    num_keys: int,
+    tokens: int,
+    num_heads: int,
+    groups: int,
+    head_dim: int,
+    out: int,
+    /,
+) -> None: ...
 def rmsnorm(x: int, weight: int, eps: float, tokens: int, width: int, out: int, /) -> None: ...
 def viterbi_encode(
     targets: npt.NDArray[np.uint16],

@@ -39,6 +39,7 @@ __all__ = [
     "packed_qkv",
     "packed_rmsnorm",
     "packed_route",
+    "paged_attention",
     "rmsnorm",
     "rotate_halves",
     "rotate_pairs",
@@ -94,3 +95,18 @@ def packed_rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rmsnorm` of a quantized model; bf16 keeps the plain one, whose roundings it must have."""
     is_wide = x.dtype == weight.dtype == torch.float32
     return (cpu.rmsnorm if _takes(x) and is_wide else reference.rmsnorm)(x, weight, eps)
+
+
+def paged_attention(
+    query_TNH: Tensor,
+    store: Tensor,
+    scale: Tensor | None,
+    page_table_SM: Tensor,
+    page_size: int,
+    sequence_T: Tensor,
+    num_keys_T: Tensor,
+) -> Tensor:
+    """Attention of packed tokens through the pages of one layer's cache; fp32 [T, N, H]."""
+    is_fast = _takes(query_TNH) and query_TNH.shape[-1] % cpu.HEAD_MULTIPLE == 0
+    chosen = cpu.paged_attention if is_fast else reference.paged_attention
+    return chosen(query_TNH, store, scale, page_table_SM, page_size, sequence_T, num_keys_T)

@@ -16,14 +16,17 @@ from duomo.kernels.cpu.packed import (
     rmsnorm,
     route,
 )
+from duomo.kernels.cpu.paged_attention import HEAD_MULTIPLE, paged_attention
 
 __all__ = [
+    "HEAD_MULTIPLE",
     "install",
     "is_built",
     "packed_experts",
     "packed_linear",
     "packed_mlp",
     "packed_qkv",
+    "paged_attention",
     "quantize_activations",
     "rmsnorm",
     "route",

@@ -11,6 +11,7 @@ from duomo.kernels.reference.packed import (
     packed_qkv,
     quantize_activations,
 )
+from duomo.kernels.reference.paged_attention import paged_attention
 from duomo.kernels.reference.rope import rotate_halves, rotate_pairs
 from duomo.kernels.reference.router import Routing, route
 
@@ -24,6 +25,7 @@ __all__ = [
     "packed_linear",
     "packed_mlp",
     "packed_qkv",
+    "paged_attention",
     "quantize_activations",
     "rmsnorm",
     "rotate_halves",

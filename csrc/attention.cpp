@@ -1,0 +1,98 @@
+#include "attention.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "cpu.hpp"
+#include "pool.hpp"
+#include "rotate.hpp"
+
+namespace duomo {
+namespace {
+
+constexpr int64_t kTokens = 8;  // of an item
+constexpr int64_t kKeys = 32;   // widened at a time
+
+struct Query {
+    const float* query;
+    const CacheSide &key, &value;
+    const int64_t* page_row;
+    int64_t page_size, num_heads;
+    const int64_t* num_keys;
+    float* out;
+
+    void slots(int64_t first, int64_t count, int64_t* into) const {
+        for (int64_t i = 0; i < count; ++i)
+            into[i] = page_row[(first + i) / page_size] * page_size + (first + i) % page_size;
+    }
+
+    // Tokens [0, tokens) of one sequence, the query heads of one group.
+    void attend(int64_t tokens, int64_t group) const {
+        static thread_local std::vector<float> score_memory, block_memory;
+        const AttentionKernels& kernels = attention_kernels();
+        const int64_t width = key.head_dim, share = num_heads / key.groups, longest = num_keys[tokens - 1];
+        if (int64_t(score_memory.size()) < tokens * share * longest) score_memory.resize(size_t(tokens * share * longest));
+        if (int64_t(block_memory.size()) < kKeys * width) block_memory.resize(size_t(kKeys * width));
+        float *scores = score_memory.data(), *block = block_memory.data();
+        const float scale = 1.0f / std::sqrt(float(width));
+        int64_t own[kKeys];
+        const auto row_of = [&](int64_t t, int64_t head) { return (t * num_heads + group * share + head) * width; };
+        for (int64_t u = 0; u < longest; u += kKeys) {
+            slots(u, std::min(kKeys, longest - u), own);
+            kernels.widen(key, group, own, std::min(kKeys, longest - u), block);
+            for (int64_t t = 0; t < tokens; ++t)
+                if (const int64_t count = std::min(kKeys, num_keys[t] - u); count > 0)
+                    for (int64_t head = 0; head < share; ++head)
+                        kernels.score(query + row_of(t, head), block, width, count, scale,
+                                      scores + (t * share + head) * longest + u);
+        }
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t head = 0; head < share; ++head) {
+                float* row = scores + (t * share + head) * longest;
+                const float most = *std::max_element(row, row + num_keys[t]);
+                const float total = rotate_kernels().exp_sum(row, most, num_keys[t], row);
+                for (int64_t u = 0; u < num_keys[t]; ++u) row[u] /= total;
+                std::fill_n(out + row_of(t, head), width, 0.0f);
+            }
+        for (int64_t u = 0; u < longest; u += kKeys) {
+            slots(u, std::min(kKeys, longest - u), own);
+            kernels.widen(value, group, own, std::min(kKeys, longest - u), block);
+            for (int64_t t = 0; t < tokens; ++t)
+                if (const int64_t count = std::min(kKeys, num_keys[t] - u); count > 0)
+                    for (int64_t head = 0; head < share; ++head)
+                        kernels.gather(scores + (t * share + head) * longest + u, block, width, count,
+                                       out + row_of(t, head));
+        }
+    }
+};
+
+}  // namespace
+
+const AttentionKernels& attention_kernels() {
+    switch (current_isa()) {
+        case Isa::avx512: return attention_avx512 ? *attention_avx512 : attention_portable;
+        case Isa::avx2: return attention_avx2 ? *attention_avx2 : attention_portable;
+        default: return attention_portable;
+    }
+}
+
+void paged_attention(const float* query, const CacheSide& key, const CacheSide& value, const int64_t* pages,
+                     int64_t table_width, int64_t page_size, const int64_t* sequence, const int64_t* num_keys,
+                     int64_t tokens, int64_t num_heads, float* out) {
+    static thread_local std::vector<int64_t> begins;  // of runs of up to kTokens tokens of one sequence
+    begins.clear();
+    for (int64_t t = 0; t < tokens; ++t)
+        if (t == 0 || sequence[t] != sequence[t - 1] || t - begins.back() == kTokens) begins.push_back(t);
+    begins.push_back(tokens);
+    const int64_t* begin = begins.data();
+    const int64_t runs = int64_t(begins.size()) - 1, row = num_heads * key.head_dim;
+    parallel(tokens ? runs * key.groups : 0, [&](int64_t item) {
+        const int64_t t = begin[item / key.groups];
+        const Query own = {query + t * row, key, value, pages + sequence[t] * table_width, page_size, num_heads,
+                           num_keys + t, out + t * row};
+        own.attend(begin[item / key.groups + 1] - t, item % key.groups);
+    });
+}
+
+}  // namespace duomo

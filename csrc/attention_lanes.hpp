@@ -1,0 +1,83 @@
+// The one source of attention.hpp's kernels, compiled once per instruction set; see rotate_lanes.hpp.
+#include "attention.hpp"
+
+#include <cstring>
+
+namespace {
+
+using duomo::CacheSide;
+using duomo::Stored;
+
+typedef float F32x16 __attribute__((vector_size(64)));
+typedef uint32_t U32x16 __attribute__((vector_size(64)));
+typedef int32_t I32x16 __attribute__((vector_size(64)));
+typedef uint16_t U16x16 __attribute__((vector_size(32)));
+typedef int8_t I8x16 __attribute__((vector_size(16)));
+
+template <class V>
+inline V load_as(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+inline void store(float* p, F32x16 v) { std::memcpy(p, &v, sizeof v); }
+
+constexpr I32x16 kIndex = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+void widen(const CacheSide& side, int64_t group, const int64_t* slots, int64_t count, float* out) {
+    const int64_t width = side.head_dim;
+    for (int64_t i = 0; i < count; ++i, out += width) {
+        const int64_t row = slots[i] * side.groups + group;
+        switch (side.stored) {
+            case Stored::float32:
+                std::memcpy(out, static_cast<const float*>(side.data) + row * width, size_t(width) * 4);
+                break;
+            case Stored::bfloat16:
+                for (int64_t h = 0; h < width; h += 16) {
+                    const auto half = load_as<U16x16>(static_cast<const uint16_t*>(side.data) + row * width + h);
+                    const U32x16 bits = __builtin_convertvector(half, U32x16) << 16;
+                    std::memcpy(out + h, &bits, sizeof bits);
+                }
+                break;
+            case Stored::int8:
+                for (int64_t h = 0; h < width; h += 16) {
+                    const auto level = load_as<I8x16>(static_cast<const int8_t*>(side.data) + row * width + h);
+                    store(out + h, __builtin_convertvector(level, F32x16) * side.scale[row]);
+                }
+                break;
+        }
+    }
+}
+
+void score(const float* query, const float* keys, int64_t head_dim, int64_t count, float scale, float* scores) {
+    for (int64_t i = 0; i < count; ++i, keys += head_dim) {
+        F32x16 sum = {}, more = {};
+        int64_t h = 0;
+        for (; h + 32 <= head_dim; h += 32) {
+            sum += load_as<F32x16>(query + h) * load_as<F32x16>(keys + h);
+            more += load_as<F32x16>(query + h + 16) * load_as<F32x16>(keys + h + 16);
+        }
+        if (h < head_dim) sum += load_as<F32x16>(query + h) * load_as<F32x16>(keys + h);
+        sum += more;
+        for (int half = 8; half >= 1; half /= 2) sum = sum + __builtin_shuffle(sum, kIndex ^ half);
+        scores[i] = scale * sum[0];
+    }
+}
+
+// Up to eight registers of the output at a time, so that a value is loaded once and the sums stay in registers.
+template <int parts>
+inline void gather_part(const float* weights, const float* values, int64_t head_dim, int64_t count, float* out) {
+    F32x16 sum[parts];
+    for (int part = 0; part < parts; ++part) sum[part] = load_as<F32x16>(out + 16 * part);
+    for (int64_t i = 0; i < count; ++i, values += head_dim)
+        for (int part = 0; part < parts; ++part) sum[part] += load_as<F32x16>(values + 16 * part) * weights[i];
+    for (int part = 0; part < parts; ++part) store(out + 16 * part, sum[part]);
+}
+
+void gather(const float* weights, const float* values, int64_t head_dim, int64_t count, float* out) {
+    int64_t h = 0;
+    for (; h + 128 <= head_dim; h += 128) gather_part<8>(weights, values + h, head_dim, count, out + h);
+    for (; h < head_dim; h += 16) gather_part<1>(weights, values + h, head_dim, count, out + h);
+}
+
+}  // namespace
