@@ -221,3 +221,18 @@ def test_logprobs_have_tokens_bytes_and_alternatives(real):
     for entry in entries:
         assert entry["logprob"] <= 0 and len(entry["top_logprobs"]) == 2
         assert bytes(entry["bytes"]).decode(errors="replace") == entry["token"]
+
+
+def test_decisions_about_a_picture_sum_to_one(real):
+    questions = [
+        {"type": "predicate", "text": "Is it blue?"},
+        {"type": "choice", "text": "What is it?", "options": ["cat", "dog"]},
+        {"type": "score", "text": "How blue?", "low": 1, "high": 5},
+    ]
+    body = {"messages": see(picture_url(width=60, height=60))["messages"], "questions": questions}
+    got = real.client.post("/v1/decisions", json=body)
+    assert got.status_code == 200, got.text
+    for decision in got.json()["decisions"]:
+        assert abs(sum(decision["probabilities"].values()) - 1) < 1e-6
+        assert decision["answer"] == max(decision["probabilities"], key=decision["probabilities"].get)
+    assert 1 <= got.json()["decisions"][2]["score"] <= 5

@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from duomo.serve import chat, completions, health
+from duomo.serve import chat, completions, decisions, health, messages
 from duomo.serve.backend import Backend
 from duomo.serve.options import Options
 from duomo.serve.problems import Problem
@@ -58,6 +58,9 @@ def routes(options: Options) -> list[BaseRoute]:
         ("/v1/chat/completions/input_tokens", chat.count),
         ("/v1/chat/completions/control", health.control),
         ("/v1/completions", completions.create),
+        ("/v1/messages", messages.create),
+        ("/v1/messages/count_tokens", messages.count),
+        ("/v1/decisions", decisions.create),
         ("/tokenize", health.tokenize),
         ("/detokenize", health.detokenize),
     ]

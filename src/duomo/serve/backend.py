@@ -7,7 +7,7 @@ each choice. Closing the iterator cancels the request, at once and for good.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -95,6 +95,12 @@ class Backend(Protocol):
     def stream(self, job: Job) -> AsyncIterator[Piece]: ...
 
     async def count(self, job: Job) -> Count: ...
+
+    async def decide(
+        self, messages: tuple[Message, ...], questions: Sequence[tuple[str, tuple[str, ...]]]
+    ) -> list[tuple[str, dict[str, float], float | None]]:
+        """For each (question, options): the likeliest option, all probabilities, the mean of numbers."""
+        ...
 
     def answer_now(self, job_id: str) -> bool:
         """Closes the thinking of a running request; False if it does not run or does not think."""

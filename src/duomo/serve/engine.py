@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from duomo.engine.request import Constraint, Delta, TokenLogprob
 from duomo.errors import PromptError
-from duomo.llm import LLM
+from duomo.llm import LLM, Question
+from duomo.processing.messages import Message
 from duomo.serve.backend import Backend, Count, Job, ModelFacts, Piece, TokenInfo, ToolPiece
 from duomo.serve.options import Options
 
@@ -84,6 +85,13 @@ class Model:
         count = partial(self.llm.count_tokens, job.messages, tools, thinking=job.params.thinking)
         usage = await asyncio.to_thread(count)
         return Count(usage.prompt_tokens, usage.image_tokens, usage.video_tokens)
+
+    async def decide(
+        self, messages: tuple[Message, ...], questions: Sequence[tuple[str, tuple[str, ...]]]
+    ) -> list[tuple[str, dict[str, float], float | None]]:
+        asked = [Question(text, options) for text, options in questions]
+        found = await asyncio.to_thread(self.llm.decide, messages, asked)
+        return [(one.answer, one.probabilities, one.score) for one in found]
 
     def answer_now(self, job_id: str) -> bool:
         if job_id in self._running:

@@ -46,6 +46,15 @@ class Scripted:
     async def count(self, job: Job) -> Count:
         return self._count(job)
 
+    async def decide(
+        self, messages: tuple[Message, ...], questions: Sequence[tuple[str, tuple[str, ...]]]
+    ) -> list[tuple[str, dict[str, float], float | None]]:
+        """Always the first option, with nine tenths."""
+        return [
+            (options[0], {o: 0.9 if o == options[0] else 0.1 / (len(options) - 1) for o in options}, None)
+            for _, options in questions
+        ]
+
     def answer_now(self, job_id: str) -> bool:
         if job_id in self._hurried:
             self._hurried[job_id] = True

@@ -1,0 +1,88 @@
+"""Anthropic's dialect and the decisions endpoint."""
+
+import base64
+import json
+
+from tests.serve.conftest import picture
+
+ASK = {"max_tokens": 200, "messages": [{"role": "user", "content": "hi"}]}
+
+
+def events(server, body):
+    with server.client.stream("POST", "/v1/messages", json={**body, "stream": True}) as response:
+        assert response.status_code == 200
+        return [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: ")]
+
+
+def test_whole_and_streamed_agree_with_and_without_thinking(server):
+    for thinking in (None, {"type": "enabled", "budget_tokens": 100}):
+        body = {**ASK, "thinking": thinking}
+        whole = server.client.post("/v1/messages", json=body).json()
+        got = events(server, body)
+        assert whole["type"] == "message" and whole["stop_reason"] == "end_turn"
+        kinds = [block["type"] for block in whole["content"]]
+        assert kinds == (["thinking", "text"] if thinking else ["text"])
+        assert [e["type"] for e in got][:2] == ["message_start", "content_block_start"]
+        assert [e["type"] for e in got][-2:] == ["message_delta", "message_stop"]
+        text = "".join(e["delta"].get("text", "") for e in got if e["type"] == "content_block_delta")
+        assert text == whole["content"][-1]["text"] == server.backend.answer
+        assert got[-2]["usage"] == whole["usage"]
+        starts = [e["index"] for e in got if e["type"] == "content_block_start"]
+        assert (
+            starts
+            == [e["index"] for e in got if e["type"] == "content_block_stop"]
+            == list(range(len(kinds)))
+        )
+
+
+def test_tools_there_and_back(server):
+    body = {
+        **ASK,
+        "tools": [{"name": "look", "input_schema": {"type": "object"}}],
+        "tool_choice": {"type": "any"},
+    }
+    whole = server.client.post("/v1/messages", json=body).json()
+    use = whole["content"][-1]
+    assert whole["stop_reason"] == "tool_use" and use["name"] == "look" and use["input"] == {"text": "脚本"}
+    pieces = [
+        e["delta"]["partial_json"] for e in events(server, body) if e.get("delta", {}).get("partial_json")
+    ]
+    assert json.loads("".join(pieces)) == use["input"]
+    result = {"type": "tool_result", "tool_use_id": use["id"], "content": "a cat"}
+    history = [
+        *ASK["messages"],
+        {"role": "assistant", "content": [use]},
+        {"role": "user", "content": [result]},
+    ]
+    assert server.client.post("/v1/messages", json={**ASK, "messages": history}).status_code == 200
+
+
+def test_pictures_are_counted(server):
+    source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(picture()).decode()}
+    content = [{"type": "image", "source": source}, {"type": "text", "text": "what?"}]
+    body = {**ASK, "messages": [{"role": "user", "content": content}]}
+    count = server.client.post("/v1/messages/count_tokens", json={"messages": body["messages"]}).json()
+    assert (
+        count["input_tokens"] == server.client.post("/v1/messages", json=body).json()["usage"]["input_tokens"]
+    )
+    assert count["input_tokens"] > 64
+    source["data"] = "@@"
+    assert server.client.post("/v1/messages", json=body).status_code == 400
+
+
+def test_decisions_answer_each_question(server):
+    questions = [
+        {"type": "predicate", "text": "Is it red?", "name": "red"},
+        {"type": "choice", "text": "What is it?", "options": ["cat", "dog", "cow"]},
+        {"type": "score", "text": "How red?", "low": 1, "high": 3},
+    ]
+    body = {"messages": ASK["messages"], "questions": questions}
+    got = server.client.post("/v1/decisions", json=body).json()["decisions"]
+    assert [d["name"] for d in got] == ["red", "question_1", "question_2"]
+    assert set(got[1]["probabilities"]) == {"cat", "dog", "cow"} and got[0]["answer"] == "Yes"
+    for wrong in (
+        [],
+        [{"type": "choice", "text": "x", "options": ["a"]}],
+        [{"type": "score", "text": "x", "low": 9}],
+    ):
+        assert server.client.post("/v1/decisions", json={**body, "questions": wrong}).status_code == 400
