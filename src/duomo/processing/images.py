@@ -30,7 +30,9 @@ MAX_RATIO = 200
 
 def load_image(part: ImagePart) -> Media:
     """Patches of a picture. UnsupportedMedia or MediaTooLarge if it cannot be one."""
-    picture = fit(decode_image(part.data), part.min_pixels or MIN_PIXELS, part.max_pixels or MAX_PIXELS)
+    high = part.max_pixels or max(MAX_PIXELS, part.min_pixels or 0)
+    low = part.min_pixels or (MIN_PIXELS if high >= MIN_PIXELS else 1)
+    picture = fit(decode_image(part.data), low, high)
     patches, grid = patchify(np.asarray(picture))
     return Media("image", patches, grid, content_hash(patches, grid))
 

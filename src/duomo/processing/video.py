@@ -54,7 +54,7 @@ def load_video(part: VideoPart) -> Media:
         target_frames=part.target_frames,
     )
     high = part.max_pixels or max(MAX_PIXELS, part.min_pixels or 0)
-    low = part.min_pixels or min(MIN_PIXELS, high)
+    low = part.min_pixels or (MIN_PIXELS if high >= MIN_PIXELS else 1)
     patches: npt.NDArray[np.uint8] | None = None
     one, size, taken = Grid(1, 0, 0), (0, 0), 0
     for index, picture in _pictures(part.data, set(wanted)):
