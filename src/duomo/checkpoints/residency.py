@@ -8,6 +8,7 @@ file pages: nothing is ever lost, and a wrong guess costs one read.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -54,6 +55,8 @@ class Residency:
 
     def __init__(self, model: Ernie, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._closed = threading.Event()
+        self._keeper: threading.Thread | None = None
         self.pools: dict[str, Pool] = {}
         self._banks: dict[str, _Bank] = {}
         for name, module in model.named_modules():
@@ -104,6 +107,24 @@ class Residency:
         let_go(victims)
         return freed
 
+    def keep(self, idle_s: float, cap_bytes: int | None = None, period_s: float = 5.0) -> None:
+        """Lets go of what is idle, and holds to the cap, from a thread of its own until `close`."""
+        assert self._keeper is None, "already kept"
+
+        def watch() -> None:
+            while not self._closed.wait(period_s):
+                self.let_go_idle(idle_s)
+                if cap_bytes is not None:
+                    self.enforce_cap(cap_bytes)
+
+        self._keeper = threading.Thread(target=watch, name="duomo-residency", daemon=True)
+        self._keeper.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._keeper is not None:
+            self._keeper.join()
+
     def report(self) -> dict[str, dict[str, Any]]:
         """By part: bytes in the file, held by this process, cached by the system; seconds since use."""
         return {
@@ -113,6 +134,13 @@ class Residency:
                 "cached_bytes": cached_bytes(pool.ranges),
                 "idle_s": None if pool.last_used is None else round(self._clock() - pool.last_used, 1),
             }
+            for pool in self.pools.values()
+        }
+
+    def gauges(self) -> dict[str, int]:
+        """`resident_text_experts_bytes` and so on: what this process holds of each part."""
+        return {
+            f"resident_{pool.name.replace(' ', '_')}_bytes": _held(pool.ranges)
             for pool in self.pools.values()
         }
 
@@ -143,6 +171,12 @@ class Residency:
             bank.counts += np.bincount(expert_ids_TK.flatten().numpy(), minlength=count)
 
         module.listener = count_choices
+
+
+def residency_of(model: Ernie) -> Residency | None:
+    """None for a model whose weights are not packed: those are ordinary memory, all of it resident."""
+    residency = Residency(model)
+    return residency if residency.pools else None
 
 
 def _held(ranges: list[Range]) -> int:

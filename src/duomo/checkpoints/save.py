@@ -13,7 +13,9 @@ from torch import Tensor
 
 from duomo.checkpoints.files import INDEX_NAME
 from duomo.checkpoints.names import pt_entries
+from duomo.errors import CheckpointError
 from duomo.model import Ernie
+from duomo.model.ernie import Embedding
 
 MAX_SHARD_BYTES = 5 << 30
 
@@ -22,6 +24,8 @@ def save_model(
     model: Ernie, folder: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """config.json and weights. `dtype` None keeps the model's; routers and their biases are always fp32."""
+    if not isinstance(model.embed, Embedding):
+        raise CheckpointError("this model's weights are packed; the PT layout is written from plain ones")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {**model.config.to_json(), "torch_dtype": str(dtype or model.embed.weight.dtype).split(".")[1]}

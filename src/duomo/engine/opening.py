@@ -38,8 +38,10 @@ def open_engine(
     weights_idle_s: float = 300.0,
     weights_cap_bytes: int | None = None,
 ) -> tuple[Engine, ModelConfig]:
-    """An engine over a folder. Packed weights for pictures leave memory `weights_idle_s` after the last one;
-    above `weights_cap_bytes` the experts chosen least do. ConfigError for options that cannot be right, CheckpointError for a folder that is no model."""
+    """Packed weights for pictures leave memory `weights_idle_s` after the last one; above `weights_cap_bytes`
+    the experts chosen least do. ConfigError for options that cannot be right, CheckpointError for a folder
+    that is no model.
+    """
     if dtype not in (*_DTYPES, "auto"):
         raise ConfigError(f"dtype is {dtype}; it must be auto, float32 or bfloat16")
     if kv_dtype not in (*_ELEMENT_BYTES, "auto"):

@@ -7,6 +7,7 @@ A medium is encoded alone, so that its features do not depend on what else is as
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from duomo.engine.batch import Track, build_step_batch
 from duomo.engine.features import FeatureCache
 from duomo.engine.kv import PagedCache
 from duomo.engine.request import MediaBlob
-from duomo.engine.scheduler import Sequence, Step
+from duomo.engine.scheduler import Sequence, Step, Work
 from duomo.model.ernie import Ernie
 from duomo.processing.patches import normalize
 from duomo.processing.prompt import Grid
@@ -27,8 +28,22 @@ from duomo.processing.prompt import Grid
 Floats = npt.NDArray[np.float32]
 
 
+class Adapters(Protocol):
+    """Where low-rank adapters live; the training kit fills it. "" is the plain model."""
+
+    def names(self) -> Seq[str]: ...
+
+    def use(self, name: str) -> AbstractContextManager[object]:
+        """The model computes with this adapter inside."""
+        ...
+
+
 class Runner(Protocol):
     vocab_size: int
+
+    def adapters(self) -> Seq[str]:
+        """Names a request may choose besides "", the plain model."""
+        ...
 
     def execute(self, step: Step, logit_starts: Seq[int]) -> list[Floats]:
         """Logits [rows, V] of every work, from its `logit_starts` token on."""
@@ -55,12 +70,14 @@ class ModelRunner:
         feature_bytes: int = 256 << 20,
         feature_folder: Path | None = None,
         fingerprint: str = "",
+        adapters: Adapters | None = None,
     ) -> None:
         self.model = model.eval()
         self.vocab_size = model.config.vocab_size
         self.cache = PagedCache(model.config, num_pages, page_size, kv_dtype)
         self.features = FeatureCache(feature_bytes, feature_folder, fingerprint)
         self.residency: Residency | None = None  # of packed weights; set by whoever opened them
+        self._adapters = adapters
         self._tracks: dict[str, Track] = {}
         self._swapped: dict[str, list[torch.Tensor]] = {}
 
@@ -72,22 +89,31 @@ class ModelRunner:
         for sequence, pages in step.swap_in:
             kept = self._swapped.pop(sequence.request.request_id)
             self.cache.copy_in([page + 1 for page in pages], kept)
-        if not step.works:
-            return []
-        order = sorted(range(len(step.works)), key=lambda i: step.works[i].count)  # equal counts side by side
-        works = [step.works[i] for i in order]
+        pieces: list[Floats] = [np.empty((0, self.vocab_size), dtype=np.float32)] * len(step.works)
+        for adapter in dict.fromkeys(work.sequence.request.adapter for work in step.works):
+            chosen = [i for i, work in enumerate(step.works) if work.sequence.request.adapter == adapter]
+            chosen.sort(key=lambda i: step.works[i].count)  # equal counts side by side
+            with self._adapters.use(adapter) if self._adapters else nullcontext():
+                rows = self._forward([step.works[i] for i in chosen], [logit_starts[i] for i in chosen])
+            for i, piece in zip(chosen, rows, strict=True):
+                pieces[i] = piece
+        return pieces
+
+    def adapters(self) -> Seq[str]:
+        return self._adapters.names() if self._adapters else ()
+
+    def _forward(self, works: Seq[Work], starts: Seq[int]) -> list[Floats]:
         tracks = [self._track(work.sequence) for work in works]
         for work, track in zip(works, tracks, strict=True):
             for index in track.media_in(work.start, work.start + work.count):
                 if index not in track.features:
                     track.features[index] = self._features(track.media[index])
-        starts = [logit_starts[i] for i in order]
         batch = build_step_batch(works, tracks, self.model.config, self.cache.page_size, starts)
         logits = self.model.unembed(self.model(batch, self.cache)).float().numpy()
-        pieces: list[Floats] = [logits] * len(works)
+        pieces = []
         row = 0
-        for i, work, first in zip(order, works, starts, strict=True):
-            pieces[i] = logits[row : row + work.count - first]
+        for work, first in zip(works, starts, strict=True):
+            pieces.append(logits[row : row + work.count - first])
             row += work.count - first
             self._drop_features(work.sequence, work.start + work.count)
         return pieces
