@@ -19,7 +19,7 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token_id: int) -> str:
-        if self._tokenizer.is_special(token_id) and token_id not in self._keep:
+        if self._tokenizer.is_silent(token_id) and token_id not in self._keep:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 

@@ -37,6 +37,8 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self._specials = vocabulary.specials()
         self._special_names = {token_id: name for name, token_id in self._specials.items()}
+        # Places in a picture are part of an answer; all other control tokens are silent in its text.
+        self._silent = {i for name, i in self._specials.items() if not name.startswith("<|LOC_")}
         self._forbidden = {i for name, i in self._specials.items() if name != "<unk>" and len(name) > 1}
 
     @classmethod
@@ -64,6 +66,10 @@ class Tokenizer:
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_names
+
+    def is_silent(self, token_id: int) -> bool:
+        """Whether a text leaves this id out: any control token but places (`<|LOC_12|>`)."""
+        return token_id in self._silent
 
     def special_id(self, name: str) -> int:
         """The id of a control token; TemplateError if this vocabulary has none of that name."""
@@ -105,8 +111,8 @@ class Tokenizer:
         return piece.replace(_SPACE, " ").encode()
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of ids. Bytes that form no character become U+FFFD."""
-        kept = (i for i in ids if not (skip_special and i in self._special_names))
+        """Text of ids, without the silent ones. Bytes that form no character become U+FFFD."""
+        kept = (i for i in ids if not (skip_special and i in self._silent))
         return b"".join(self.token_bytes(i) for i in kept).decode("utf-8", errors="replace")
 
     @cached_property
