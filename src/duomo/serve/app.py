@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from duomo.serve import chat, completions, decisions, health, messages
+from duomo.serve import chat, completions, decisions, health, messages, openapi, responses
 from duomo.serve.backend import Backend
 from duomo.serve.options import Options
 from duomo.serve.problems import Problem
@@ -58,6 +58,7 @@ def routes(options: Options) -> list[BaseRoute]:
         ("/v1/chat/completions/input_tokens", chat.count),
         ("/v1/chat/completions/control", health.control),
         ("/v1/completions", completions.create),
+        ("/v1/responses", responses.create),
         ("/v1/messages", messages.create),
         ("/v1/messages/count_tokens", messages.count),
         ("/v1/decisions", decisions.create),
@@ -75,6 +76,8 @@ def routes(options: Options) -> list[BaseRoute]:
     table: list[BaseRoute] = [Route(path, endpoint, methods=["POST"]) for path, endpoint in post]
     table += [Route(path, endpoint, methods=["GET"]) for path, endpoint in get]
     table.append(Route("/ping", health.ping, methods=["GET", "POST"]))
+    if options.docs:
+        table += [Route("/openapi.json", openapi.openapi), Route("/docs", openapi.docs)]
     if options.page:
         table += [Route("/", _page, methods=["GET"]), Route("/ui/{name}", _page, methods=["GET"])]
     return table

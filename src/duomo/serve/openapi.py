@@ -1,0 +1,188 @@
+"""/openapi.json, made from the very structs that decode and encode, and /docs, a plain page of it.
+
+Nothing is described by hand but one line an endpoint, so the file cannot drift from the code. The docs page
+needs no script and no other host.
+"""
+
+from __future__ import annotations
+
+import html
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from duomo import __version__
+from duomo.serve import decisions, health, messages, responses, schema
+from duomo.serve.problems import ErrorEnvelope
+from duomo.serve.server import json_response
+
+
+class Operation(NamedTuple):
+    method: str
+    path: str
+    summary: str
+    takes: Any = None
+    gives: Any = None
+    can_stream: bool = False
+    kind: str = "application/json"
+
+
+OPERATIONS = (
+    Operation(
+        "post",
+        "/v1/chat/completions",
+        "Answer a conversation.",
+        schema.ChatRequest,
+        schema.ChatCompletion,
+        True,
+    ),
+    Operation(
+        "post", "/v1/chat/completions/input_tokens", "Count a conversation's tokens.", schema.ChatRequest
+    ),
+    Operation("post", "/v1/chat/completions/control", "Answer now, or cancel.", health.ControlRequest),
+    Operation(
+        "post", "/v1/completions", "Continue a text.", schema.CompletionRequest, schema.TextCompletion, True
+    ),
+    Operation(
+        "post",
+        "/v1/responses",
+        "Answer in the format of Responses.",
+        responses.ResponsesRequest,
+        responses.ResponseOut,
+        True,
+    ),
+    Operation(
+        "post",
+        "/v1/messages",
+        "Answer in the format of Messages.",
+        messages.MessagesRequest,
+        messages.MessagesAnswer,
+        True,
+    ),
+    Operation(
+        "post",
+        "/v1/messages/count_tokens",
+        "Count in the format of Messages.",
+        messages.CountRequest,
+        messages.MessagesCount,
+    ),
+    Operation(
+        "post",
+        "/v1/decisions",
+        "Decide questions from logits.",
+        decisions.DecisionsRequest,
+        decisions.Decisions,
+    ),
+    Operation("get", "/v1/models", "The models served.", None, schema.ModelList),
+    Operation("get", "/v1/models/{name}", "One model.", None, schema.ModelCard),
+    Operation("post", "/tokenize", "Ids of a text.", health.TokenizeRequest),
+    Operation("post", "/detokenize", "The text of ids.", health.DetokenizeRequest),
+    Operation("get", "/health", "Whether the model answers: loading, ready, draining or failed."),
+    Operation("get", "/ping", "Whether the process lives."),
+    Operation("get", "/version", "The version."),
+    Operation("get", "/load", "What runs and waits now."),
+    Operation("get", "/metrics", "Prometheus metrics.", kind="text/plain"),
+)
+
+
+@lru_cache(maxsize=1)
+def document() -> dict[str, Any]:
+    """The OpenAPI 3.1 document."""
+    types = [t for o in OPERATIONS for t in (o.takes, o.gives) if t is not None] + [ErrorEnvelope]
+    unique = list(dict.fromkeys(types))
+    shown, components = msgspec.json.schema_components(unique, ref_template="#/components/schemas/{name}")
+    refs = dict(zip(unique, shown, strict=True))
+    paths: dict[str, Any] = {}
+    for operation in OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method] = _described(operation, refs)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "duomo", "version": __version__},
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def _described(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
+    answer = refs[operation.gives] if operation.gives is not None else {"type": "object"}
+    content: dict[str, Any] = {operation.kind: {"schema": answer}}
+    if operation.kind != "application/json":
+        content = {operation.kind: {"schema": {"type": "string"}}}
+    if operation.can_stream:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    error = {"application/json": {"schema": refs[ErrorEnvelope]}}
+    out: dict[str, Any] = {
+        "summary": operation.summary,
+        "responses": {
+            "200": {"description": "The answer.", "content": content},
+            "4XX": {"description": "The request cannot be answered as it is.", "content": error},
+            "5XX": {"description": "The server cannot answer now.", "content": error},
+        },
+    }
+    if operation.path == "/health":
+        health_body = {"application/json": {"schema": {"type": "object"}}}
+        out["responses"]["5XX"] = {"description": "Not ready.", "content": health_body}
+    if operation.takes is not None:
+        taken = {"application/json": {"schema": refs[operation.takes]}}
+        out["requestBody"] = {"required": True, "content": taken}
+    if "{name}" in operation.path:
+        name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        out["parameters"] = [name]
+    return out
+
+
+async def openapi(request: Request) -> Response:
+    return json_response(document())
+
+
+async def docs(request: Request) -> Response:
+    """Every endpoint with its fields, as a page."""
+    parts = [
+        f"<h1>duomo {__version__}</h1><p>The same as data: <a href='/openapi.json'>/openapi.json</a></p>"
+    ]
+    for operation in OPERATIONS:
+        parts.append(f"<h2><code>{operation.method.upper()} {html.escape(operation.path)}</code></h2>")
+        parts.append(f"<p>{html.escape(operation.summary)}{' Streams.' if operation.can_stream else ''}</p>")
+        if operation.takes is not None:
+            rows = "".join(_row(f) for f in msgspec.structs.fields(operation.takes))
+            parts.append(f"<table><tr><th>field</th><th>type</th><th>needed</th></tr>{rows}</table>")
+    body = "".join(parts)
+    return HTMLResponse(
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>duomo: endpoints</title>"
+        f"<link rel='stylesheet' href='/ui/docs.css'><main>{body}</main></html>",
+        headers={
+            "Content-Security-Policy": "default-src 'none'; style-src 'self'",
+            "X-Content-Type-Options": "nosniff",
+        },
+    )
+
+
+def _row(field: msgspec.structs.FieldInfo) -> str:
+    shown = _spelled(msgspec.json.schema(field.type))
+    return (
+        f"<tr><td><code>{field.encode_name}</code></td><td>{html.escape(shown)}</td>"
+        f"<td>{'yes' if field.required else ''}</td></tr>"
+    )
+
+
+def _spelled(found: dict[str, Any]) -> str:
+    """A JSON schema in a few words."""
+    if "anyOf" in found:
+        return " or ".join(
+            dict.fromkeys(_spelled(one) for one in found["anyOf"] if one.get("type") != "null")
+        )
+    if "$ref" in found:
+        return str(found["$ref"].rsplit("/", 1)[-1])
+    if "enum" in found:
+        return " | ".join(map(str, found["enum"]))
+    if found.get("type") == "array":
+        return f"list of {_spelled(found.get('items', {}))}"
+    bounds = [f"{sign} {found[key]}" for key, sign in (("minimum", "≥"), ("maximum", "≤")) if key in found]
+    return " ".join([str(found.get("type", "anything")), *bounds])

@@ -1,0 +1,364 @@
+"""POST /v1/responses: OpenAI's newer dialect over the same road as chat. Nothing is stored between requests.
+
+`previous_response_id` and `background` are refused, since both need a store; the whole conversation is sent
+instead. The last event of a stream holds the whole response, as clients expect.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import Response
+
+from duomo.engine.request import Usage
+from duomo.serve import schema
+from duomo.serve.backend import Job, Piece
+from duomo.serve.chat import Answer, added, gather, job_of
+from duomo.serve.problems import Problem, invalid, problem_of
+from duomo.serve.server import answers, json_response, request_id, server_of
+from duomo.serve.stream import EventStream, event, first_or_late, unless_gone
+
+
+class InputText(Struct, tag="input_text", tag_field="type"):
+    text: str
+
+
+class OutputText(Struct, tag="output_text", tag_field="type"):
+    text: str
+    annotations: list[Any] = []
+
+
+class InputImage(Struct, tag="input_image", tag_field="type"):
+    image_url: str
+    detail: Literal["low", "high", "auto", "original"] | None = None
+
+
+class InputMessage(Struct, tag="message", tag_field="type"):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[InputText | OutputText | InputImage]
+
+
+class CallItem(Struct, tag="function_call", tag_field="type"):
+    call_id: str
+    name: str
+    arguments: str
+
+
+class ResultItem(Struct, tag="function_call_output", tag_field="type"):
+    call_id: str
+    output: str
+
+
+class ReasoningItem(Struct, tag="reasoning", tag_field="type"):
+    id: str = ""
+    summary: list[Any] = []
+    content: list[Any] | None = None
+
+
+class PlainMessage(Struct):
+    """A message without `type`, as most people write it."""
+
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[InputText | OutputText | InputImage]
+
+
+class FlatTool(Struct):
+    name: str
+    type: Literal["function"] = "function"
+    description: str | None = None
+    parameters: schema.Object | None = None
+    strict: bool | None = None
+
+
+class FlatChoice(Struct):
+    name: str
+    type: Literal["function"] = "function"
+
+
+class FlatSchema(Struct, tag="json_schema", tag_field="type"):
+    schema: schema.Object
+    name: str = "answer"
+    strict: bool | None = None
+    description: str | None = None
+
+
+class TextSettings(Struct):
+    format: schema.TextFormat | schema.JsonObjectFormat | FlatSchema | None = None
+
+
+class ResponsesRequest(Struct, kw_only=True):
+    input: str | list[schema.Object]
+    model: str = ""
+    instructions: str | None = None
+    max_output_tokens: schema.Positive | None = None
+    temperature: schema.Temperature | None = None
+    top_p: schema.Fraction | None = None
+    stream: bool | None = None
+    reasoning: schema.ReasoningSwitch | None = None
+    text: TextSettings | None = None
+    tools: list[FlatTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
+    parallel_tool_calls: bool | None = None
+    metadata: schema.Object | None = None
+    store: bool | None = None
+    previous_response_id: str | None = None
+    background: bool | None = None
+    user: str | None = None
+
+
+class ResponseOut(Struct):
+    id: str
+    created_at: int
+    model: str
+    status: Literal["completed", "incomplete", "in_progress", "failed"]
+    output: list[schema.Object]
+    parallel_tool_calls: bool
+    tool_choice: str
+    tools: list[schema.Object]
+    usage: schema.Object | None = None
+    incomplete_details: schema.Object | None = None
+    error: schema.Object | None = None
+    instructions: str | None = None
+    metadata: schema.Object = {}
+    temperature: float | None = None
+    top_p: float | None = None
+    object: Literal["response"] = "response"
+
+
+Item = InputMessage | CallItem | ResultItem | ReasoningItem
+
+
+def chat_of(call: ResponsesRequest) -> schema.ChatRequest:
+    if call.previous_response_id or call.background:
+        field = "previous_response_id" if call.previous_response_id else "background"
+        raise invalid(
+            f"{field} needs a store, and nothing is stored here; send the whole conversation", field
+        )
+    turns = [schema.ChatMessage("system", call.instructions)] if call.instructions else []
+    items = [{"role": "user", "content": call.input}] if isinstance(call.input, str) else call.input
+    for index, raw in enumerate(items):
+        turns += _turns_of(raw, index)
+    choice = call.tool_choice
+    form: schema.ResponseFormat | None = None
+    if call.text and call.text.format is not None:
+        asked = call.text.format
+        form = (
+            schema.JsonSchemaFormat(schema.JsonSchema(asked.schema, asked.name))
+            if isinstance(asked, FlatSchema)
+            else asked
+        )
+    return schema.ChatRequest(
+        model=call.model,
+        messages=turns,
+        max_completion_tokens=call.max_output_tokens,
+        temperature=call.temperature,
+        top_p=call.top_p,
+        reasoning=call.reasoning,
+        response_format=form,
+        tools=[
+            schema.ToolSpec(schema.FunctionSpec(tool.name, tool.description, tool.parameters))
+            for tool in call.tools or ()
+        ]
+        or None,
+        tool_choice=schema.NamedTool(schema.NamedFunction(choice.name))
+        if isinstance(choice, FlatChoice)
+        else choice,
+        parallel_tool_calls=call.parallel_tool_calls,
+    )
+
+
+def _turns_of(raw: schema.Object, index: int) -> list[schema.ChatMessage]:
+    try:
+        item: Any = msgspec.convert(raw, Item if "type" in raw else PlainMessage)
+    except msgspec.ValidationError as error:
+        raise invalid(f"input[{index}]: {error}", f"input[{index}]") from error
+    if isinstance(item, CallItem):
+        call = schema.ToolCallIn(schema.FunctionCall(item.name, item.arguments), item.call_id)
+        return [schema.ChatMessage("assistant", None, tool_calls=[call])]
+    if isinstance(item, ResultItem):
+        return [schema.ChatMessage("tool", item.output, tool_call_id=item.call_id)]
+    if isinstance(item, ReasoningItem):
+        return []
+    if isinstance(item.content, str):
+        return [schema.ChatMessage(item.role, item.content)]
+    return [schema.ChatMessage(item.role, [_part(piece) for piece in item.content])]
+
+
+def _part(piece: InputText | OutputText | InputImage) -> schema.Content:
+    if isinstance(piece, InputImage):
+        return schema.ImageContent(schema.MediaSource(piece.image_url, piece.detail))
+    return schema.TextContent(piece.text)
+
+
+@answers
+async def create(request: Request) -> Response:
+    """Answers an input in the format of Responses."""
+    server = server_of(request)
+    backend = server.ready()
+    call, headers = await server.read(request, ResponsesRequest)
+    server.check_model(call.model)
+    job, _ = await job_of(server, chat_of(call), request_id(request, "resp_"))
+    call.model = call.model or server.model_name
+    pieces = server.run(backend, job)
+    if call.stream:
+        ready = await first_or_late(pieces, server.options.keep_alive_s)
+        return EventStream(
+            events(call, job, ready),
+            headers=headers,
+            keep_alive_s=server.options.keep_alive_s,
+            slow_client_s=server.options.slow_client_s,
+            end=b"",
+            fail=_failed,
+        )
+    whole = await unless_gone(request, gather(pieces, 1))
+    if whole is None:
+        raise Problem(499, "client_closed", "the client left before the answer")
+    return json_response(response_of(call, job, whole[0][0], whole[1]), headers)
+
+
+def response_of(call: ResponsesRequest, job: Job, answer: Answer | None, usage: Usage) -> ResponseOut:
+    """The response object; an `answer` of None is one that has just begun."""
+    choice = call.tool_choice
+    out = ResponseOut(
+        job.id,
+        int(time.time()),
+        call.model,
+        "in_progress",
+        [],
+        job.parallel_tool_calls,
+        choice if isinstance(choice, str) else "auto",
+        [msgspec.to_builtins(tool) for tool in call.tools or ()],
+        instructions=call.instructions,
+        metadata=call.metadata or {},
+        temperature=job.params.temperature,
+        top_p=job.params.top_p,
+    )
+    if answer is None:
+        return out
+    out.status = "completed"
+    if answer.finish_reason == "length":
+        out.status, out.incomplete_details = "incomplete", {"reason": "max_output_tokens"}
+    out.output = items_of(job, answer)
+    out.usage = {
+        "input_tokens": usage.prompt_tokens,
+        "output_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "image_tokens": usage.image_tokens},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
+    return out
+
+
+def items_of(job: Job, answer: Answer) -> list[schema.Object]:
+    """Reasoning, message and calls, in the order they were made."""
+    items: list[schema.Object] = []
+    if answer.reasoning:
+        content = [{"type": "reasoning_text", "text": answer.reasoning}]
+        items.append({"id": f"rs_{job.id}", "type": "reasoning", "summary": [], "content": content})
+    if answer.text or not answer.tools:
+        items.append(_message(job, "completed", [_text(answer.text)]))
+    for index, tool in sorted(answer.tools.items()):
+        items.append(
+            {
+                "id": f"fc_{job.id}_{index}",
+                "type": "function_call",
+                "call_id": tool.id,
+                "name": tool.function.name,
+                "arguments": tool.function.arguments,
+                "status": "completed",
+            }
+        )
+    return items
+
+
+def _message(job: Job, status: str, content: list[schema.Object]) -> schema.Object:
+    return {
+        "id": f"msg_{job.id}",
+        "type": "message",
+        "role": "assistant",
+        "status": status,
+        "content": content,
+    }
+
+
+def _text(text: str) -> schema.Object:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+async def events(call: ResponsesRequest, job: Job, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
+    """Named, numbered events; items open as their first delta comes and close in order at the end."""
+    number = -1
+    answer, usage, opened = Answer(), Usage(), list[str]()
+
+    def told(name: str, **fields: Any) -> bytes:
+        nonlocal number
+        number += 1
+        return event({"type": name, "sequence_number": number, **fields}, name)
+
+    try:
+        begun = response_of(call, job, None, usage)
+        yield told("response.created", response=begun)
+        yield told("response.in_progress", response=begun)
+        async for piece in pieces:
+            usage = added(usage, piece.usage)
+            answer.add(piece)
+            if piece.reasoning:
+                if "rs" not in opened:
+                    opened.append("rs")
+                    item = {"id": f"rs_{job.id}", "type": "reasoning", "summary": []}
+                    yield told("response.output_item.added", output_index=len(opened) - 1, item=item)
+                where = {"item_id": f"rs_{job.id}", "output_index": opened.index("rs"), "content_index": 0}
+                yield told("response.reasoning_text.delta", **where, delta=piece.reasoning)
+            if piece.text:
+                where = {"item_id": f"msg_{job.id}", "content_index": 0}
+                if "msg" not in opened:
+                    opened.append("msg")
+                    item = _message(job, "in_progress", [])
+                    yield told("response.output_item.added", output_index=len(opened) - 1, item=item)
+                    at = {**where, "output_index": opened.index("msg")}
+                    yield told("response.content_part.added", **at, part=_text(""))
+                at = {**where, "output_index": opened.index("msg")}
+                yield told("response.output_text.delta", **at, delta=piece.text, logprobs=[])
+        response = response_of(call, job, answer, usage)
+        for index, item in enumerate(response.output):
+            for closing in _closing(item, index, index >= len(opened)):
+                yield told(closing.pop("name"), **closing)
+        yield told(f"response.{response.status}", response=response)
+    finally:
+        close = getattr(pieces, "aclose", None)
+        if close is not None:
+            await close()
+
+
+def _closing(item: schema.Object, index: int, is_new: bool) -> list[schema.Object]:
+    """The events that end one item, and those that begin it where no delta did."""
+    where = {"item_id": item["id"], "output_index": index}
+    out: list[schema.Object] = []
+    if is_new:
+        out.append({"name": "response.output_item.added", "output_index": index, "item": item})
+    if item["type"] == "reasoning":
+        text = item["content"][0]["text"]
+        out.append({"name": "response.reasoning_text.done", **where, "content_index": 0, "text": text})
+    elif item["type"] == "message":
+        part, at = item["content"][0], {**where, "content_index": 0}
+        out.append({"name": "response.output_text.done", **at, "text": part["text"], "logprobs": []})
+        out.append({"name": "response.content_part.done", **at, "part": part})
+    else:
+        arguments = item["arguments"]
+        out.append({"name": "response.function_call_arguments.delta", **where, "delta": arguments})
+        done = {"name": "response.function_call_arguments.done", **where, "arguments": arguments}
+        out.append({**done, "item_name": item["name"]})
+    out.append({"name": "response.output_item.done", "output_index": index, "item": item})
+    return out
+
+
+def _failed(error: BaseException) -> bytes:
+    problem = problem_of(error)
+    return event(
+        {"type": "error", "code": problem.code, "message": problem.message, "param": problem.param}, "error"
+    )

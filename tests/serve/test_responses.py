@@ -1,0 +1,63 @@
+"""The Responses dialect, and the OpenAPI document that is made from the code."""
+
+import json
+
+from tests.serve.conftest import picture_url
+
+TOOL = {"type": "function", "name": "look", "parameters": {"type": "object"}}
+
+
+def events(server, body):
+    with server.client.stream("POST", "/v1/responses", json={**body, "stream": True}) as response:
+        assert response.status_code == 200, response.read()
+        return [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: ")]
+
+
+def test_whole_and_streamed_agree(server):
+    for body in (
+        {"input": "hi"},
+        {"input": "hi", "reasoning": {"effort": "none"}},
+        {"input": "hi", "max_output_tokens": 5},
+    ):
+        whole = server.client.post("/v1/responses", json=body).json()
+        got = events(server, body)
+        assert [e["sequence_number"] for e in got] == list(range(len(got)))
+        assert got[0]["type"] == "response.created" and got[-1]["type"] == f"response.{whole['status']}"
+        last = got[-1]["response"]
+        assert last["usage"] == whole["usage"]
+        strip = lambda items: [{k: v for k, v in i.items() if k != "id"} for i in items]  # noqa: E731
+        assert strip(last["output"]) == strip(whole["output"])
+        text = "".join(e["delta"] for e in got if e["type"] == "response.output_text.delta")
+        assert text == next((i["content"][0]["text"] for i in whole["output"] if i["type"] == "message"), "")
+        added = [e["output_index"] for e in got if e["type"] == "response.output_item.added"]
+        done = [e["output_index"] for e in got if e["type"] == "response.output_item.done"]
+        assert added == done == list(range(len(whole["output"])))
+
+
+def test_tools_pictures_and_what_needs_a_store(server):
+    body = {"input": "hi", "tools": [TOOL], "tool_choice": "required"}
+    call = server.client.post("/v1/responses", json=body).json()["output"][-1]
+    assert call["type"] == "function_call" and json.loads(call["arguments"]) == {"text": "脚本"}
+    assert events(server, body)[-1]["response"]["output"][-1]["name"] == "look"
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "a cat"}
+    content = [{"type": "input_text", "text": "what?"}, {"type": "input_image", "image_url": picture_url()}]
+    history = [{"role": "user", "content": content}, call, result]
+    got = server.client.post("/v1/responses", json={"input": history})
+    assert got.status_code == 200 and got.json()["usage"]["input_tokens_details"]["image_tokens"] == 64
+    for wrong in ({"previous_response_id": "x"}, {"background": True}, {"input": [{"type": "nonsense"}]}):
+        assert server.client.post("/v1/responses", json={"input": "x", **wrong}).status_code == 400
+
+
+def test_the_document_names_every_route_and_resolves(server):
+    from duomo.serve.app import routes
+    from duomo.serve.options import Options
+
+    document = server.client.get("/openapi.json").json()
+    ours = {r.path.replace(":path", "") for r in routes(Options())}
+    assert ours - set(document["paths"]) == {"/", "/ui/{name}", "/docs", "/openapi.json"}
+    assert set(document["paths"]) <= ours
+    text = json.dumps(document)
+    for part in text.split('"#/components/schemas/')[1:]:
+        assert part.split('"')[0] in document["components"]["schemas"]
+    page = server.client.get("/docs")
+    assert page.status_code == 200 and "reasoning_effort" in page.text and "<script" not in page.text
