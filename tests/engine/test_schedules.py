@@ -74,6 +74,9 @@ class ShadowRunner:
             pieces.append(logits)
         return pieces
 
+    def adapters(self) -> Seq[str]:
+        return ()
+
     def forget(self, sequence: Sequence) -> None:
         self.swapped.pop(sequence.request.request_id, None)
 

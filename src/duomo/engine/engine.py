@@ -99,6 +99,10 @@ class Engine:
         if self.failure is not None:
             raise EngineError(f"the engine has stopped: {self.failure}", cause=self.failure)
         check_request(request, self.runner.vocab_size, self.max_model_tokens)
+        names = self.runner.adapters()
+        if request.adapter and request.adapter not in names:
+            known = ", ".join(names) or "none is loaded"
+            raise ConfigError(f"there is no adapter {request.adapter!r}; {known}", adapter=request.adapter)
 
     @property
     def max_model_tokens(self) -> int:

@@ -37,6 +37,9 @@ class ScriptedRunner:
             pieces.append(logits)
         return pieces
 
+    def adapters(self) -> Seq[str]:
+        return ()
+
     def forget(self, sequence: Sequence) -> None: ...
 
     def reset(self) -> None: ...
