@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from duomo import kernels
 from duomo.model.config import ModelConfig
 from duomo.model.inputs import Batch
 
@@ -58,6 +59,8 @@ class PagedCache:
     ) -> Tensor:
         assert batch.slots_T is not None and batch.page_table_SM is not None, "a paged batch has slots"
         self._write(layer_index, batch.slots_T, key_TGH, value_TGH)
+        if kernels.is_native and query_TNH.shape[-1] % 16 == 0:
+            return self._attend_native(layer_index, query_TNH, batch)
         outputs: list[Tensor] = []
         first = start = 0
         counts = batch.num_new
@@ -71,6 +74,20 @@ class PagedCache:
             outputs.append(self._attend(layer_index, query_STNH, cached, batch.page_table_SM[first:last]))
             first, start = last, stop
         return torch.cat(outputs).to(query_TNH.dtype)
+
+    def _attend_native(self, layer_index: int, query_TNH: Tensor, batch: Batch) -> Tensor:
+        """The same three rules hold: `csrc/attention.hpp` computes every token from its own keys alone."""
+        assert batch.page_table_SM is not None
+        sequences = torch.arange(len(batch.num_new)).repeat_interleave(torch.tensor(batch.num_new))
+        seen = [
+            torch.arange(cached + 1, cached + new + 1)
+            for cached, new in zip(batch.num_cached, batch.num_new, strict=True)
+        ]
+        scale = None if self._scale is None else self._scale[:, layer_index]
+        store = self._store[:, layer_index]
+        pages = (batch.page_table_SM, self.page_size)
+        out = kernels.paged_attention(query_TNH, store, scale, *pages, sequences, torch.cat(seen))
+        return out.to(query_TNH.dtype)
 
     def _write(self, layer_index: int, slots_T: Tensor, key_TGH: Tensor, value_TGH: Tensor) -> None:
         for side, x_TGH in enumerate((key_TGH, value_TGH)):
