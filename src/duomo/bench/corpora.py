@@ -1,4 +1,4 @@
-"""English prose that packages carry, fetched by package name, never committed: to calibrate on and to judge on.
+"""English prose that packages carry, fetched by package name, never committed: to calibrate and to judge.
 
 `handbook` is the Debian Administrator's Handbook with the fortunes between its chapters; `foldoc` the Free
 On-line Dictionary of Computing. They share a field and not a sentence. Debian packages are downloaded with
