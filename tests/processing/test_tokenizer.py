@@ -138,6 +138,19 @@ def test_many_threads_at_once(either: Tokenizer) -> None:
         assert list(pool.map(either.encode, texts)) == alone
 
 
+def test_byte_level_vocabularies_are_refused_not_misread(vocabulary: Path, tmp_path: Path) -> None:
+    fields = json.loads((vocabulary / "tokenizer.json").read_text(encoding="utf-8"))
+    fields["decoder"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="byte-level"):
+        Tokenizer.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "data", "complaint"),
     [

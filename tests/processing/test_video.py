@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from duomo.errors import MediaError, UnsupportedMedia
+from duomo.errors import MediaError, MediaTooLarge, UnsupportedMedia
+from duomo.processing import video
 from duomo.processing.messages import VideoPart
 from duomo.processing.video import frame_indices, load_video, probe, stamp
 
@@ -153,6 +154,16 @@ def test_bad_videos_say_what_is_wrong_in_one_line(data: Callable[[], bytes], com
         load_video(VideoPart(data()))
     said = str(caught.value)
     assert "\n" not in said and "0x" not in said and "/" not in said
+
+
+def test_a_video_of_too_many_pixels_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "MOST_DECODED_PIXELS", 20 * 64 * 48 - 1)
+    with pytest.raises(MediaTooLarge, match="20 frames of 3,072 pixels") as caught:
+        load_video(VideoPart(film(20)))
+    assert caught.value.facts == {"needed": 61_440, "available": 61_439}
+    monkeypatch.setattr(video, "MAX_DECODED_PIXELS", 3071)
+    with pytest.raises(MediaTooLarge, match="frames have 3,072 pixels"):
+        load_video(VideoPart(film(20)))
 
 
 @pytest.mark.parametrize(

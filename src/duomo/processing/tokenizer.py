@@ -129,6 +129,8 @@ class _JsonVocabulary:
         # A control token found in a text would be matched by the backend itself, so they are taken out of
         # the file's `added_tokens` before it is built: the vocabulary keeps the ids, texts their letters.
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if "ByteLevel" in json.dumps([fields.get("pre_tokenizer"), fields.get("decoder")]):
+            raise ValueError("its pieces are byte-level, and ERNIE's are text with a fallback to bytes")
         # Files in the wild mark <think> and the like as not special; here they are, all the same.
         added = fields.get("added_tokens", [])
         control = [token for token in added if token.get("special") or _is_control(token["content"])]

@@ -31,7 +31,7 @@ MAX_FRAMES = 180
 MIN_PIXELS = 299 * FACTOR_PX**2  # of a frame
 MAX_PIXELS = 1196 * FACTOR_PX**2
 MOST_FRAMES = 360  # that a request may ask for
-MOST_DECODED_FRAMES = 250_000  # of the file: over two hours at 30 a second
+MOST_DECODED_PIXELS = 200_000_000_000  # of the file: an hour of 1080p at 27 a second
 BICUBIC = Image.Resampling.BICUBIC
 _FONT = Path(__file__).parent / "fonts" / "Roboto-Regular.ttf"
 
@@ -137,6 +137,7 @@ def probe(data: bytes) -> _Clip:
                     available=MAX_DECODED_PIXELS,
                 )
             fps = float(stream.average_rate or stream.guessed_rate or 0)
+            area = max(1, stream.width * stream.height)
             count = sum(packet.size > 0 for packet in container.demux(stream))
     except MediaError:
         raise
@@ -144,11 +145,12 @@ def probe(data: bytes) -> _Clip:
         raise _damaged() from error
     if count == 0:
         raise UnsupportedMedia("the video has no frame that can be decoded")
-    if count > MOST_DECODED_FRAMES:
+    if count * area > MOST_DECODED_PIXELS:
         raise MediaTooLarge(
-            f"the video has {count:,} frames; at most {MOST_DECODED_FRAMES:,} are read",
-            needed=count,
-            available=MOST_DECODED_FRAMES,
+            f"the video has {count:,} frames of {area:,} pixels, {MOST_DECODED_PIXELS:,} pixels in all are"
+            " decoded; send a shorter or a smaller one",
+            needed=count * area,
+            available=MOST_DECODED_PIXELS,
         )
     return _Clip(count, fps if fps > 0 and math.isfinite(fps) else FPS)
 
