@@ -13,6 +13,7 @@ import math
 import queue
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -446,7 +447,7 @@ class LLM:
 
     def _drop(self, open_ids: set[str]) -> None:
         for name in open_ids:
-            if self.engine.is_alive:
+            with suppress(EngineError):  # the engine is gone, and the request with it
                 self.engine.cancel(name)
 
     def _whole(

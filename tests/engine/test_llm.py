@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -215,6 +216,19 @@ def test_the_death_of_the_engine_reaches_everyone(tokenizer: Tokenizer) -> None:
         llm.chat(ASK)
 
 
+def test_those_still_waiting_hear_of_the_death_too(tokenizer: Tokenizer) -> None:
+    def dies(ids: object) -> int:
+        time.sleep(0.05)
+        raise RuntimeError("out of ink")
+
+    async def run(llm: LLM) -> list[object]:
+        asked = (llm.achat(ASK, request_id=f"r{i}") for i in range(20))
+        return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 10)
+
+    results = asyncio.run(run(LLM.scripted(tokenizer, dies, max_sequences=2)))
+    assert all(isinstance(result, EngineError) for result in results)
+
+
 def test_async_streams_and_many_at_once(tokenizer: Tokenizer) -> None:
     async def run(llm: LLM) -> list[Completion]:
         return await asyncio.gather(*(llm.achat(ASK, thinking()) for _ in range(8)))
@@ -243,3 +257,14 @@ def test_counting_agrees_with_usage(tokenizer: Tokenizer) -> None:
     with saying(tokenizer, "cat") as llm:
         counted = llm.count_tokens(ASK, thinking="on").prompt_tokens
         assert counted == llm.chat(ASK, thinking(max_tokens=1)).usage.prompt_tokens
+
+
+def test_an_id_is_used_once_at_a_time_and_cancelled_before_it_is_taken_in(tokenizer: Tokenizer) -> None:
+    with saying(tokenizer, "the cat sat " * 9, step_seconds=0.002) as llm:
+        first = llm.stream(ASK, thinking(ignore_eos=True, max_tokens=4000), request_id="r")
+        next(first)
+        with pytest.raises(ConfigError, match="in use"):
+            next(llm.stream(ASK, thinking(), request_id="r"))
+        llm.cancel("r")
+        assert list(first)[-1].finish_reason == "abort"
+        llm.chat(ASK, thinking(max_tokens=1), request_id="r")

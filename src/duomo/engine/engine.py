@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from duomo.engine.answer import Answer
 from duomo.engine.pages import PagePool
-from duomo.engine.request import Output, Request, TokenLogprob
+from duomo.engine.request import FinishReason, Output, Request, TokenLogprob
 from duomo.engine.runner import Floats, Runner
 from duomo.engine.sampler import token_logprob
 from duomo.engine.scheduler import Scheduler, Sequence, Work, refuse
@@ -64,6 +64,7 @@ class Engine:
         self.counters = Counters()
         self.failure: str | None = None
         self._open: dict[str, _Open] = {}
+        self._asked: dict[str, Sink] = {}  # open requests and those not yet taken in
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
         self._inbox: list[Callable[[], None]] = []
@@ -75,8 +76,15 @@ class Engine:
     def submit(self, request: Request, sink: Sink) -> None:
         """Queues a request. PromptTooLong, GrammarError or ConfigError if it can never be answered."""
         self.validate(request)
-        answer = Answer(request, self.vocabulary, 1)
-        self._post(lambda: self._add(request, answer, sink))
+        answer = Answer(request, self.vocabulary)
+        with self._wake:
+            self._raise_if_dead()
+            if request.request_id in self._asked:
+                name = request.request_id
+                raise ConfigError(f"request id {name} is in use; give each its own", name="request_id")
+            self._asked[request.request_id] = sink
+            self._inbox.append(lambda: self._add(request, answer, sink))
+            self._wake.notify_all()
 
     def cancel(self, request_id: str) -> None:
         """Before the next step begins the request is gone and its pages are free."""
@@ -96,8 +104,7 @@ class Engine:
         self._post(reset)
 
     def validate(self, request: Request) -> None:
-        if self.failure is not None:
-            raise EngineError(f"the engine has stopped: {self.failure}", cause=self.failure)
+        self._raise_if_dead()
         check_request(request, self.runner.vocab_size, self.max_model_tokens)
         names = self.runner.adapters()
         if request.adapter and request.adapter not in names:
@@ -109,8 +116,9 @@ class Engine:
         return self.scheduler.max_model_tokens
 
     def open_ids(self) -> list[str]:
-        """Requests that have not ended."""
-        return list(self._open)
+        """Requests that have not ended, those not yet taken in among them."""
+        with self._lock:
+            return list(self._asked)
 
     def stats(self) -> dict[str, float]:
         pool, counters = self.scheduler.pool, self.counters
@@ -136,8 +144,7 @@ class Engine:
             self._wake.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=30)
-        self._end_all("abort", "closed")
-        self.failure = self.failure or "it was closed"
+        self._end_all("abort", "it was closed")
 
     @property
     def is_alive(self) -> bool:
@@ -176,25 +183,25 @@ class Engine:
                         return
                 self.step()
         except BaseException as error:
-            self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
-            _log.error("the engine stopped: %s", self.failure)
+            cause = f"{type(error).__name__}: {error}".splitlines()[0]
+            _log.error("the engine stopped: %s", cause)
             _log.debug("where it stopped", exc_info=True)
-            self._end_all("error", self.failure)
+            self._end_all("error", cause)
 
     def _has_work(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def _post(self, act: Callable[[], None]) -> None:
         with self._wake:
-            if self.failure is not None:
-                raise EngineError(f"the engine has stopped: {self.failure}", cause=self.failure)
+            self._raise_if_dead()
             self._inbox.append(act)
             self._wake.notify_all()
 
+    def _raise_if_dead(self) -> None:
+        if self.failure is not None:
+            raise EngineError(f"the engine has stopped: {self.failure}", cause=self.failure)
+
     def _add(self, request: Request, answer: Answer, sink: Sink) -> None:
-        if request.request_id in self._open:
-            sink(Output(request.request_id, finish_reason="error", cause="this request id is in use"))
-            return
         sequence = self.scheduler.add(request)
         answer.max_tokens = sequence.max_tokens
         self._open[request.request_id] = _Open(sequence, answer, sink)
@@ -256,7 +263,7 @@ class Engine:
         else:
             entry.sink(self._output(entry))
 
-    def _output(self, entry: _Open, **end: str) -> Output:
+    def _output(self, entry: _Open, reason: FinishReason | None = None, cause: str = "") -> Output:
         pending = entry.answer.take_pending()
         is_scored = entry.sequence.request.params.prompt_logprobs is not None
         prompt_logprobs, entry.prompt_logprobs = entry.prompt_logprobs if is_scored else [], []
@@ -267,13 +274,14 @@ class Engine:
             prompt_logprobs=tuple(prompt_logprobs),
             num_reasoning=entry.answer.num_reasoning,
             num_cached=entry.sequence.num_cached,
-            finish_reason=end.get("reason"),  # type: ignore[arg-type]
-            cause=end.get("cause", ""),
+            finish_reason=reason,
+            cause=cause,
         )
 
-    def _close(self, entry: _Open, reason: str, cause: str) -> None:
+    def _close(self, entry: _Open, reason: FinishReason, cause: str) -> None:
         sequence = entry.sequence
         del self._open[sequence.request.request_id]
+        self._asked.pop(sequence.request.request_id, None)
         self.scheduler.remove(sequence)
         self.runner.forget(sequence)
         self.counters.finished += 1
@@ -281,10 +289,18 @@ class Engine:
         self.counters.queried_tokens += sequence.num_prompt
         entry.sink(self._output(entry, reason=reason, cause=cause))
 
-    def _end_all(self, reason: str, cause: str) -> None:
-        for entry in list(self._open.values()):
-            self._open.pop(entry.sequence.request.request_id, None)
-            entry.sink(self._output(entry, reason=reason, cause=cause))
+    def _end_all(self, reason: FinishReason, cause: str) -> None:
+        """Nobody is left waiting: open requests and those still in the inbox hear how it ended."""
+        with self._lock:
+            self.failure = self.failure or cause
+            asked, self._asked = self._asked, {}
+            self._inbox = []
+        for name, sink in asked.items():
+            entry = self._open.pop(name, None)
+            if entry is None:
+                sink(Output(name, finish_reason=reason, cause=cause))
+            else:
+                sink(self._output(entry, reason=reason, cause=cause))
 
 
 def check_request(request: Request, vocab_size: int, max_model_tokens: int) -> None:
