@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from duomo.checkpoints import load_config
 from duomo.processing.messages import ImagePart, Message, TextPart
 from duomo.processing.prompt import Prompt
 from duomo.processing.template import build_prompt
 from duomo.processing.tokenizer import Tokenizer
-from duomo.quant import quantize
+from duomo.quant import build_plan, quantize
+from duomo.quant.plan import Kind
 from duomo.tasks import Example, Handwriting, Turn, dialogue, digits, load_handwriting, shapes
 from duomo.trellis import preset
 
@@ -60,13 +63,19 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--bits", default="2")
     parser.add_argument("--code", default="lcc2-12")
+    parser.add_argument(
+        "--six", action="store_true", help="embeddings and tower at 6 bits: a quarter of bf16"
+    )
     parser.add_argument("--prompts", type=int, default=1200)
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"))
     given = parser.parse_args()
     tokenizer = Tokenizer.load(EMBEDDED)
     pool = load_handwriting(given.cache, "train")
     prompts = calibration_prompts(pool, tokenizer, given.prompts)
-    report = quantize(EMBEDDED, given.target, given.bits, prompts, code=preset(given.code), num_threads=2)
+    plan = build_plan(given.bits, load_config(EMBEDDED), preset(given.code))
+    if given.six:
+        plan = replace(plan, embedding=Kind.INT6, tower=Kind.INT6)
+    report = quantize(EMBEDDED, given.target, plan, prompts, num_threads=2)
     ratio = report["file_bytes"] / report["source_bytes"]
     print(f"{report['file_bytes']:,} bytes, {ratio:.4f} of bf16, in {report['seconds']} s")
     print(json.dumps(report["quality"], indent=1))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from math import prod
 
@@ -41,6 +41,7 @@ class BitPlan:
     raised: frozenset[int] = frozenset()
     embedding: Kind = Kind.INT8
     other: Kind = Kind.FOUR
+    tower: Kind = Kind.INT8
     two: TrellisCode = LCC2_12
     four: TrellisCode = LCC4_12
 
@@ -52,7 +53,7 @@ class BitPlan:
             return self.embedding
         if _FOUR.match(name):
             return self.other
-        return Kind.INT8 if _LINEAR.match(name) else Kind.PLAIN
+        return self.tower if _LINEAR.match(name) else Kind.PLAIN
 
     def kind_for(self, name: str, shape: tuple[int, ...]) -> Kind:
         kind = self.kind(name)
@@ -100,10 +101,10 @@ def raise_layers(
         if total + extra[layer] <= budget_bytes:
             raised.add(layer)
             total += extra[layer]
-    return BitPlan(plan.name, frozenset(raised), plan.embedding, plan.other, plan.two, plan.four)
+    return replace(plan, raised=frozenset(raised))
 
 
 def _extra_bytes(plan: BitPlan, shapes: Mapping[str, tuple[int, ...]], layer: int) -> int:
-    more = BitPlan(plan.name, frozenset({layer}), plan.embedding, plan.other, plan.two, plan.four)
+    more = replace(plan, raised=frozenset({layer}))
     own = {name: s for name, s in shapes.items() if (m := _BANK.match(name)) and int(m[1]) == layer}
     return sum(more.num_bytes(name, s) - plan.num_bytes(name, s) for name, s in own.items())
