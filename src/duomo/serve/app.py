@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -21,7 +22,11 @@ from duomo.serve.options import Options
 from duomo.serve.problems import Problem
 from duomo.serve.server import Server, request_id
 
+if TYPE_CHECKING:
+    from duomo.llm import LLM
+
 log = logging.getLogger("duomo.access")
+_QUIET = ("/health", "/ping", "/metrics", "/load")  # asked every few seconds by machines
 _UI = Path(__file__).parent / "ui"
 _UI_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; media-src 'self' data: blob:;"
@@ -32,9 +37,16 @@ _UI_HEADERS = {
 }
 
 
-def create_app(backend: Backend | None = None, options: Options | None = None) -> Starlette:
-    """The application over a backend; without one it is loading until `app.state.server.backend` is set."""
+def create_app(backend: Backend | LLM | None = None, options: Options | None = None) -> Starlette:
+    """The application over an open LLM, or over any other backend.
+
+    Without one it is loading until `app.state.server.backend` is set and its state is ready.
+    """
     options = options or Options()
+    if backend is not None and not hasattr(backend, "facts"):
+        from duomo.serve.engine import Model
+
+        backend = Model(cast("LLM", backend))
     middleware = [Middleware(_Outer)]
     if options.cors_origin:
         middleware.append(
@@ -48,7 +60,7 @@ def create_app(backend: Backend | None = None, options: Options | None = None) -
     app = Starlette(
         routes=routes(options), middleware=middleware, exception_handlers={HTTPException: _no_such_route}
     )
-    app.state.server = Server(options, backend)
+    app.state.server = Server(options, cast("Backend | None", backend))
     return app
 
 
@@ -71,6 +83,7 @@ def routes(options: Options) -> list[BaseRoute]:
         ("/health", health.health),
         ("/version", health.version),
         ("/load", health.load),
+        ("/v1/residency", health.residency),
         ("/metrics", health.metrics),
     ]
     table: list[BaseRoute] = [Route(path, endpoint, methods=["POST"]) for path, endpoint in post]
@@ -125,7 +138,8 @@ class _Outer:
             route = scope.get("route")
             path = getattr(route, "path", "other")
             server.metrics.count(server.metrics.requests, 1, path, str(status))
-            log.info(
+            log.log(
+                logging.DEBUG if path in _QUIET else logging.INFO,
                 "request",
                 extra={
                     "request_id": identity,

@@ -121,6 +121,9 @@ class Model:
             "feature_queries": hits + stats.get("media_encoded", 0.0),
         }
 
+    def residency(self) -> Mapping[str, Mapping[str, float | None]]:
+        return self.llm.residency.report() if self.llm.residency else {}
+
     async def close(self) -> None:
         await asyncio.to_thread(self.llm.close)
 

@@ -55,6 +55,12 @@ async def load(request: Request) -> Response:
 
 
 @answers
+async def residency(request: Request) -> Response:
+    """Which weights are in memory now, by part of the model; empty where they are not packed."""
+    return json_response({"parts": server_of(request).ready().residency()})
+
+
+@answers
 async def models(request: Request) -> Response:
     return json_response(schema.ModelList([card(request, name) for name in _names(request)]))
 

@@ -84,6 +84,7 @@ OPERATIONS = (
     Operation("get", "/ping", "Whether the process lives."),
     Operation("get", "/version", "The version."),
     Operation("get", "/load", "What runs and waits now."),
+    Operation("get", "/v1/residency", "Which weights are in memory."),
     Operation("get", "/metrics", "Prometheus metrics.", kind="text/plain"),
 )
 

@@ -74,6 +74,9 @@ class Scripted:
     def gauges(self) -> Mapping[str, float]:
         return {"running": len(self._hurried), "waiting": 0, "kv_usage": len(self._hurried) / 256}
 
+    def residency(self) -> Mapping[str, Mapping[str, float | None]]:
+        return {}
+
     def die(self) -> None:
         """As if the engine were killed: every stream ends with an error."""
         self.is_alive = False
