@@ -74,6 +74,7 @@ def _show(inventory: Inventory, title: str) -> None:
         f"{config.num_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size:,}",
         markup=False,
         highlight=False,
+        soft_wrap=True,  # a path is never broken in two
     )
     if inventory.is_synthetic:
         console.print("Synthetic: random weights, to try a machine; its answers mean nothing.", style="bold")
