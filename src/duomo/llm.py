@@ -9,28 +9,28 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import queue
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duomo.engine.governor import needs_thinking
+from duomo.engine.questions import Decision, Question, decide
+from duomo.engine.reading import Asked, Reader, whole
 from duomo.engine.request import (
     Completion,
     Delta,
-    FinishReason,
     MediaBlob,
     Output,
     Request,
     SamplingParams,
+    ThinkingMode,
     TokenLogprob,
     Usage,
 )
-from duomo.engine.text import AnswerText
 from duomo.errors import CheckpointError, ConfigError, EngineError, PromptError
 from duomo.processing.messages import Message, TextPart, Tool
 from duomo.processing.prompt import Prompt
@@ -44,37 +44,9 @@ if TYPE_CHECKING:
     from duomo.engine.scripted import Script
     from duomo.model.config import ModelConfig
 
+__all__ = ["LLM", "Decision", "Question"]
 ASSETS = Path(__file__).parent / "assets"
 _names = itertools.count()
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A question whose answer is one of a few words. With numbers as options, the mean is the score."""
-
-    text: str
-    options: tuple[str, ...] = ("Yes", "No")
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The likeliest option, the probabilities of all (they sum to one), and the mean of numeric options."""
-
-    answer: str
-    probabilities: dict[str, float]
-    score: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A prompt made ready: what the engine gets, and what is needed to read its answer."""
-
-    request: Request
-    params: SamplingParams
-    thinking: str
-    has_tools: bool
-    image_tokens: int
-    video_tokens: int
 
 
 class LLM:
@@ -283,7 +255,7 @@ class LLM:
             prompt, _ = self._prompt([*messages[:-1], turn], (), is_thinking=False)
             waiting.append([self._score(prompt, option) for option in question.options])
         return [
-            _decide(question, [wait() for wait in waits])
+            decide(question, [wait() for wait in waits])
             for question, waits in zip(questions, waiting, strict=True)
         ]
 
@@ -325,7 +297,7 @@ class LLM:
         params: SamplingParams,
         tools: Sequence[Tool],
         **asked: Any,
-    ) -> list[_Asked]:
+    ) -> list[Asked]:
         if any(not isinstance(part, TextPart) for message in messages for part in message.parts):
             self._expect_picture()
         is_thinking = self._thinks(messages, params, tools)
@@ -340,7 +312,7 @@ class LLM:
 
     def _ask_raw(
         self, prompt: str | Sequence[int] | Prompt, params: SamplingParams, **asked: Any
-    ) -> list[_Asked]:
+    ) -> list[Asked]:
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt)
         ready = prompt if isinstance(prompt, Prompt) else Prompt(list(prompt))
@@ -372,7 +344,7 @@ class LLM:
         priority: int = 0,
         salt: str = "",
         adapter: str = "",
-    ) -> list[_Asked]:
+    ) -> list[Asked]:
         name = request_id or f"request-{next(_names)}"
         media = tuple(
             MediaBlob(
@@ -397,8 +369,8 @@ class LLM:
                 tuple(prompt.ids), own, media, is_thinking, priority, salt, adapter,
             )  # fmt: skip
             self.engine.validate(request)
-            thinking = "on" if is_thinking else "off"
-            ready.append(_Asked(request, own, thinking, has_tools, images, videos))
+            thinking: ThinkingMode = "on" if is_thinking else "off"
+            ready.append(Asked(request, own, thinking, has_tools, images, videos))
         return ready
 
     def _choices(self, request_id: str) -> list[str]:
@@ -406,9 +378,9 @@ class LLM:
             name for name in self.engine.open_ids() if name == request_id or name.startswith(request_id + "/")
         ]
 
-    def _stream(self, asked: list[_Asked]) -> Iterator[Delta]:
+    def _stream(self, asked: list[Asked]) -> Iterator[Delta]:
         arrivals: queue.SimpleQueue[tuple[int, Output]] = queue.SimpleQueue()
-        readers = [_Reader(self.tokenizer, ready, index) for index, ready in enumerate(asked)]
+        readers = [Reader(self.tokenizer, ready, index) for index, ready in enumerate(asked)]
         open_ids = set()
         try:
             for index, ready in enumerate(asked):
@@ -422,10 +394,10 @@ class LLM:
         finally:
             self._drop(open_ids)
 
-    async def _astream(self, asked: list[_Asked]) -> AsyncIterator[Delta]:
+    async def _astream(self, asked: list[Asked]) -> AsyncIterator[Delta]:
         loop = asyncio.get_running_loop()
         arrivals: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
-        readers = [_Reader(self.tokenizer, ready, index) for index, ready in enumerate(asked)]
+        readers = [Reader(self.tokenizer, ready, index) for index, ready in enumerate(asked)]
         open_ids = set()
 
         def sink(index: int, output: Output) -> None:
@@ -461,7 +433,7 @@ class LLM:
         for delta in deltas:
             pieces.setdefault(delta.index, []).append(delta)
         is_thinking = bool(messages) and self._thinks(messages, params, tools)
-        choices = [_completion(pieces[index], params, is_thinking) for index in sorted(pieces)]
+        choices = [whole(pieces[index], params, is_thinking) for index in sorted(pieces)]
         usage = choices[0].usage
         if len(choices) > 1:
             usage = replace(
@@ -498,88 +470,6 @@ class LLM:
             return sum(entry.logprob for entry in logprobs)
 
         return wait
-
-
-class _Reader:
-    """Turns one choice's outputs into deltas."""
-
-    def __init__(self, tokenizer: Tokenizer, asked: _Asked, index: int) -> None:
-        self._asked, self._index, self._num_tokens = asked, index, 0
-        self._text = AnswerText(
-            tokenizer,
-            asked.request.is_thinking,
-            asked.params.stop,
-            asked.has_tools,
-            f"call-{asked.request.request_id}",
-        )
-        self._has_calls = False
-
-    def read(self, output: Output) -> Iterator[Delta]:
-        if output.finish_reason == "error":
-            raise EngineError(f"the engine stopped: {output.cause}", cause=output.cause)
-        self._num_tokens += len(output.token_ids)
-        piece = self._text.add(output.token_ids)
-        reason: FinishReason | None = output.finish_reason
-        usage = None
-        if reason is not None:
-            rest = self._text.finish()
-            piece.reasoning += rest.reasoning
-            piece.text += rest.text
-            piece.tool_calls += rest.tool_calls
-            usage = self._usage(output)
-        self._has_calls = self._has_calls or bool(piece.tool_calls)
-        if reason == "stop" and self._has_calls:
-            reason = "tool_calls"
-        yield Delta(
-            index=self._index,
-            text=piece.text,
-            reasoning=piece.reasoning,
-            tool_calls=tuple(piece.tool_calls),
-            token_ids=output.token_ids,
-            logprobs=output.logprobs,
-            prompt_logprobs=output.prompt_logprobs,
-            finish_reason=reason,
-            usage=usage,
-            thinking=None if reason is None else self._asked.thinking,  # type: ignore[arg-type]
-        )
-
-    def _usage(self, output: Output) -> Usage:
-        return Usage(
-            prompt_tokens=len(self._asked.request.ids),
-            completion_tokens=self._num_tokens,
-            reasoning_tokens=output.num_reasoning,
-            cached_tokens=output.num_cached,
-            image_tokens=self._asked.image_tokens,
-            video_tokens=self._asked.video_tokens,
-        )
-
-
-def _completion(deltas: list[Delta], params: SamplingParams, is_thinking: bool) -> Completion:
-    last = deltas[-1]
-    return Completion(
-        text="".join(delta.text for delta in deltas),
-        reasoning="".join(delta.reasoning for delta in deltas),
-        tool_calls=tuple(call for delta in deltas for call in delta.tool_calls),
-        finish_reason=last.finish_reason or "abort",
-        usage=last.usage or Usage(),
-        thinking="on" if is_thinking else "off",
-        thinking_budget=params.thinking_budget if is_thinking else None,
-        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
-        logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
-        prompt_logprobs=tuple(entry for delta in deltas for entry in delta.prompt_logprobs),
-    )
-
-
-def _decide(question: Question, logprobs: list[float]) -> Decision:
-    best = max(logprobs)
-    weights = [math.exp(value - best) for value in logprobs]
-    shares = {option: w / sum(weights) for option, w in zip(question.options, weights, strict=True)}
-    answer = max(shares, key=lambda option: shares[option])
-    try:
-        score = sum(float(option) * share for option, share in shares.items())
-    except ValueError:
-        return Decision(answer, shares)
-    return Decision(answer, shares, score)
 
 
 def _embedded() -> Path:
