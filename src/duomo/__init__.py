@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from duomo.llm import LLM
     from duomo.model.config import ModelConfig
     from duomo.processing.messages import Message
+    from duomo.serve.app import create_app
 
 __version__ = "0.1.0"
 
@@ -26,9 +27,19 @@ _HOMES = {
     "ModelConfig": "duomo.model.config",
     "load_model": "duomo.checkpoints",
     "Error": "duomo.errors",
+    "create_app": "duomo.serve.app",
 }
 
-__all__ = ["LLM", "Completion", "Error", "Message", "ModelConfig", "SamplingParams", "load_model"]
+__all__ = [
+    "LLM",
+    "Completion",
+    "Error",
+    "Message",
+    "ModelConfig",
+    "SamplingParams",
+    "create_app",
+    "load_model",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -236,3 +236,9 @@ def test_decisions_about_a_picture_sum_to_one(real):
         assert abs(sum(decision["probabilities"].values()) - 1) < 1e-6
         assert decision["answer"] == max(decision["probabilities"], key=decision["probabilities"].get)
     assert 1 <= got.json()["decisions"][2]["score"] <= 5
+
+
+def test_an_application_is_made_of_an_open_llm(real):
+    from duomo import create_app
+
+    assert create_app(real.backend.llm).state.server.state == "ready"

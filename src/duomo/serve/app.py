@@ -46,7 +46,7 @@ def create_app(backend: Backend | LLM | None = None, options: Options | None = N
     if backend is not None and not hasattr(backend, "facts"):
         from duomo.serve.engine import Model
 
-        backend = Model(cast("LLM", backend))
+        backend = Model(backend)
     middleware = [Middleware(_Outer)]
     if options.cors_origin:
         middleware.append(

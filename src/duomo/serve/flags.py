@@ -23,6 +23,7 @@ WITHOUT_MEANING: dict[str, str] = {
     "metrics-port": "/metrics is on the main port",
     "controller-port": "there is no controller application",
     "enable-mm-output": "the model makes text alone",
+    "max-waiting-time": "a full queue is refused at once by --max-concurrency; what waits is not dropped",
     "timeout": "no worker is killed for being silent",
     "revision": "models are folders on this machine; nothing is downloaded",
     "model-config-name": "the configuration is config.json",

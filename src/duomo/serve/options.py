@@ -58,9 +58,13 @@ class Options:
     scripted_delay_s: float = flag(0.0, "Seconds before each token of --engine scripted.", low=0)
     # Thinking and tools
     reasoning_parser: str | None = flag(
-        None, "How thinking is told from the answer.", choices=REASONING_PARSERS
+        None,
+        "Accepted: in every dialect the token </think> tells thinking from the answer.",
+        choices=REASONING_PARSERS,
     )
-    tool_call_parser: str | None = flag(None, "How tool calls are read.", choices=REASONING_PARSERS)
+    tool_call_parser: str | None = flag(
+        None, "Accepted: tool calls are read in the one form the model has.", choices=REASONING_PARSERS
+    )
     thinking: str = flag(
         "auto", "Thinking of requests that say nothing: on, off or auto.", choices=("on", "off", "auto")
     )
@@ -80,7 +84,6 @@ class Options:
     host: str = flag("127.0.0.1", "Address to listen on.")
     port: int = flag(8180, "Port to listen on; 0 takes a free one.", low=0, high=65535)
     max_concurrency: int = flag(256, "Requests running or waiting; one more gets 429.", low=1)
-    max_waiting_time: float = flag(-1, "Seconds a request may wait for its turn; -1 for no limit.")
     max_body_mb: float = flag(64.0, "Megabytes of one request body.", low=0.001)
     keep_alive_s: float = flag(10.0, "Seconds of silence before a stream gets a comment.", low=0.01)
     slow_client_s: float = flag(60.0, "Seconds a reader may stand still before it is dropped.", low=0.1)
