@@ -15,7 +15,7 @@ run: $(VENV)/.installed ## Install duomo and serve the embedded model on port 81
 	$(BIN)/duomo serve --port $(PORT)
 
 test: $(VENV)/.installed-test ## Install what the tests need and run them
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 check: $(VENV)/.installed-test ## Format, lint, types and the contracts between rooms
 	$(BIN)/ruff format --check src tests
@@ -32,7 +32,8 @@ build: $(VENV)/.installed-test ## Rebuild the native kernels in place
 
 bench: $(VENV)/.installed-test ## The longer proofs and every figure of NUMBERS.md (hours)
 	$(BIN)/python -m pytest -m slow
-	$(BIN)/python -m duomo.bench
+	$(BIN)/python -m duomo.bench.distortion
+	$(BIN)/python -m duomo.bench.kernels
 
 clean: ## Remove the environment and everything built
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis src/duomo/_native*.so

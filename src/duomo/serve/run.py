@@ -33,6 +33,10 @@ def serve(argv: Sequence[str]) -> int:
     options = parse(argv)
     for note in options.notes:
         print(f"duomo: {note}", file=sys.stderr)
+    if options.engine != "scripted" and options.model:
+        from duomo.checkpoints import load_config  # torch comes with it
+
+        load_config(options.model)  # a wrong folder is told at once, before the port is open
     return asyncio.run(run(options, load_backend))
 
 
