@@ -44,7 +44,21 @@ class Recipe:
             min_spacing=0.85,
             shares=(("digits", 0.65), ("shapes", 0.25), ("text", 0.1)),
         ),
+        Stage(
+            "finish",
+            num_steps=240,
+            batch_size=32,
+            rate=6e-4,
+            tower_rate=1.0,
+            warmup_steps=20,
+            decay_from=0.0,
+            cell_weight=0.5,
+            min_spacing=0.85,
+            shares=(("digits", 0.8), ("shapes", 0.15), ("text", 0.05)),
+        ),
     )
+    # Weights at the ends of these stages, averaged for the export; shares chosen on the dev split.
+    average: tuple[tuple[str, float], ...] = (("joint", 0.15), ("reading", 0.25), ("finish", 0.6))
     weight_decay: float = 0.05
     clip: float = 1.0
     balance: float = 0.01

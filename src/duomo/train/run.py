@@ -231,6 +231,7 @@ class RunState:
     def finish_stage(self, stage_index: int, model: Ernie, head: nn.Module) -> None:
         self.stage_index, self.step = stage_index + 1, 0
         self._save(model, head, None)
+        torch.save(model.state_dict(), self.path.with_name(f"{self.recipe.stages[stage_index].name}.pt"))
 
     def _save(self, model: Ernie, head: nn.Module, optimizer: dict[str, Any] | None) -> None:
         fields = {
