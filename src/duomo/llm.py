@@ -34,7 +34,7 @@ from duomo.engine.request import (
 from duomo.errors import CheckpointError, ConfigError, EngineError, PromptError
 from duomo.processing.messages import Message, TextPart, Tool
 from duomo.processing.prompt import Prompt
-from duomo.processing.template import TemplateDialect, build_prompt
+from duomo.processing.template import LoadMedia, TemplateDialect, build_prompt, load_media, loader_of
 from duomo.processing.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ class LLM:
         config: ModelConfig | None,
         name: str,
         dialect: TemplateDialect | None = None,
+        load: LoadMedia = load_media,
     ) -> None:
+        self._load = load
         self.engine, self.tokenizer, self.config, self.name = engine, tokenizer, config, name
         is_text = config is not None and not config.is_multimodal
         self._dialect = dialect or (TemplateDialect.ERNIE_TEXT if is_text else TemplateDialect.ERNIE_VL)
@@ -123,7 +125,7 @@ class LLM:
             from duomo.engine.opening import open_engine
 
             engine, _ = open_engine(folder, tokenizer, **options)
-        return cls(engine, tokenizer, config, name or config.name or folder.name, dialect)
+        return cls(engine, tokenizer, config, name or config.name or folder.name, dialect, loader_of(folder))
 
     @classmethod
     def scripted(cls, tokenizer: Tokenizer, script: Script, *, name: str = "scripted", **options: Any) -> LLM:
@@ -330,7 +332,12 @@ class LLM:
     ) -> tuple[Prompt, bool]:
         """The rendered prompt, and whether it ends inside an open thinking block."""
         prompt = build_prompt(
-            messages, self.tokenizer, thinking=is_thinking, tools=tools, dialect=self._dialect
+            messages,
+            self.tokenizer,
+            thinking=is_thinking,
+            tools=tools,
+            dialect=self._dialect,
+            load=self._load,
         )
         return prompt, is_thinking
 

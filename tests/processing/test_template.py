@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from duomo.errors import MediaTooLarge, PromptTooLong, TemplateError, UnsupportedMedia
+from duomo.errors import ConfigError, MediaTooLarge, PromptTooLong, TemplateError, UnsupportedMedia
 from duomo.processing.messages import ImagePart, Message, Tool, ToolCall, VideoPart
 from duomo.processing.prompt import Grid, Media
 from duomo.processing.template import (
@@ -18,6 +20,7 @@ from duomo.processing.template import (
     TemplateDialect,
     build_prompt,
     load_media,
+    loader_of,
     render_with_labels,
 )
 from duomo.processing.tokenizer import Tokenizer
@@ -284,3 +287,17 @@ def test_a_vocabulary_without_tool_tags_spells_them(vocabulary: Path, tmp_path: 
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields), encoding="utf-8")
     with pytest.raises(TemplateError, match=r"no control token <\|begin_of_sentence\|>"):
         build_prompt([ASK], Tokenizer.load(tmp_path), thinking=True)
+
+
+def test_a_checkpoints_own_picture_sizes_are_the_default(tmp_path: Path) -> None:
+    buffer = BytesIO()
+    Image.new("RGB", (400, 300), "white").save(buffer, "PNG")
+    part = ImagePart(buffer.getvalue())
+    assert loader_of(tmp_path)(part).grid.num_tokens == 154  # 11 x 14 tokens: no file, ERNIE's own sizes
+    (tmp_path / "preprocessor_config.json").write_text('{"min_pixels": 6272, "max_pixels": 15680}')
+    assert loader_of(tmp_path)(part).grid.num_tokens == 20  # 112 x 140 is the most
+    asked = ImagePart(part.data, max_pixels=100_000)
+    assert loader_of(tmp_path)(asked).grid.num_tokens > 20
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ConfigError, match="not readable JSON"):
+        loader_of(tmp_path)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from pathlib import Path
 from typing import Literal
 
-from duomo.errors import MediaError, PromptTooLong, TemplateError
+from duomo.errors import ConfigError, MediaError, PromptTooLong, TemplateError
 from duomo.processing.images import load_image
 from duomo.processing.messages import Conversation, ImagePart, Message, Part, TextPart, Tool, VideoPart
 from duomo.processing.prompt import Media, MediaSpan, Prompt
@@ -42,6 +43,30 @@ def load_media(part: ImagePart | VideoPart) -> Media:
 
 
 LoadMedia = Callable[[ImagePart | VideoPart], Media]
+
+
+def loader_of(folder: Path) -> LoadMedia:
+    """`load_media` within the picture sizes that a checkpoint's preprocessor_config.json states, if it does.
+
+    A request's own `min_pixels` and `max_pixels` go first. ConfigError if the file is not readable.
+    """
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return load_media
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        low, high = fields.get("min_pixels"), fields.get("max_pixels")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path.name} is not readable JSON: {error}") from error
+
+    def load(part: ImagePart | VideoPart) -> Media:
+        if isinstance(part, VideoPart):  # frames have limits of their own
+            return load_media(part)
+        return load_media(
+            replace(part, min_pixels=part.min_pixels or low, max_pixels=part.max_pixels or high)
+        )
+
+    return load
 
 
 @dataclass(frozen=True, slots=True)
