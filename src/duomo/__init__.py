@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from duomo.llm import LLM
     from duomo.model.config import ModelConfig
     from duomo.processing.messages import Message
+    from duomo.quant import quantize
     from duomo.serve.app import create_app
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ _HOMES = {
     "load_model": "duomo.checkpoints",
     "Error": "duomo.errors",
     "create_app": "duomo.serve.app",
+    "quantize": "duomo.quant",
 }
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "SamplingParams",
     "create_app",
     "load_model",
+    "quantize",
 ]
 
 
