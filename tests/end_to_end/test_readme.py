@@ -95,7 +95,9 @@ def terminal_commands() -> list[str]:
 
 
 def test_ask_answers_about_the_picture() -> None:
-    (command,) = (line for line in terminal_commands() if line.startswith("duomo ask"))
+    (command,) = (
+        line for line in terminal_commands() if line.startswith("duomo ask") and "TARGET" not in line
+    )
     assert str(sum(map(int, NUMBER))) in shell(command.replace("duomo", DUOMO, 1))
 
 
@@ -103,6 +105,24 @@ def test_inspect_names_the_parts() -> None:
     (command,) = (line for line in terminal_commands() if line.startswith("duomo inspect"))
     said = shell(command.replace("duomo", DUOMO, 1))
     assert "text experts" in said and "vision tower" in said
+
+
+def test_the_quantized_model_reads_the_number_too(tmp_path: Path) -> None:
+    quantize, ask = (line for line in terminal_commands() if "TARGET" in line)
+    for command in (quantize, ask):
+        said = shell(command.replace("duomo", DUOMO, 1).replace("TARGET", str(tmp_path / "two_bits")))
+    assert said.strip() == NUMBER
+    assert (tmp_path / "two_bits" / "report.md").is_file()
+
+
+def test_synth_and_plan_on_a_preset_that_fits_a_test(tmp_path: Path) -> None:
+    """The README's 28B is 8.5 GB; the same commands on the smallest of the family."""
+    lines = [line for line in terminal_commands() if line.startswith(("duomo synth", "duomo plan"))]
+    assert len(lines) == 2
+    for line in lines:
+        small = line.replace("vl-28b-a3b", "0.3b").replace("OUT", str(tmp_path / "out"))
+        said = shell(small.replace("duomo", DUOMO, 1))
+    assert "GB" in said or "MB" in said
 
 
 def test_chat_says_goodbye_at_the_end_of_its_input() -> None:
