@@ -76,6 +76,7 @@ class EngineProcess:
         context: zmq.Context[Any] = zmq.Context.instance()
         self._out, self._in = context.socket(zmq.PUSH), context.socket(zmq.PULL)
         self._out.setsockopt(zmq.LINGER, 0)
+        self._out.setsockopt(zmq.SNDTIMEO, 2000)  # a child that is gone takes nothing: never wait for it
         self._out.bind(f"ipc://{self._place}/commands")
         self._in.bind(f"ipc://{self._place}/reports")
         self._stats: queue.SimpleQueue[dict[str, float]] = queue.SimpleQueue()
@@ -120,7 +121,7 @@ class EngineProcess:
             if request.request_id in self._sinks:
                 raise EngineError(f"request id {request.request_id} is in use")
             self._sinks[request.request_id] = sink
-            self._out.send(_encode(Submit(request)))
+            self._send(Submit(request))
 
     def cancel(self, request_id: str) -> None:
         self._control("cancel", request_id)
@@ -157,7 +158,13 @@ class EngineProcess:
     def _control(self, verb: str, request_id: str = "") -> None:
         with self._lock:
             self._raise_if_dead()
-            self._out.send(_encode(Control(verb, request_id)))
+            self._send(Control(verb, request_id))
+
+    def _send(self, message: Submit | Control) -> None:
+        try:
+            self._out.send(_encode(message))
+        except zmq.Again as error:
+            raise EngineError("the engine has stopped: its process takes no messages") from error
 
     def _raise_if_dead(self) -> None:
         if self.failure is not None:
