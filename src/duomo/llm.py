@@ -34,7 +34,7 @@ from duomo.engine.request import (
 from duomo.errors import CheckpointError, ConfigError, EngineError, PromptError
 from duomo.processing.messages import Message, TextPart, Tool
 from duomo.processing.prompt import Prompt
-from duomo.processing.template import LoadMedia, TemplateDialect, build_prompt, load_media, loader_of
+from duomo.processing.template import ChatTemplate, LoadMedia, TemplateDialect, load_media, loader_of
 from duomo.processing.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -61,10 +61,10 @@ class LLM:
         dialect: TemplateDialect | None = None,
         load: LoadMedia = load_media,
     ) -> None:
-        self._load = load
         self.engine, self.tokenizer, self.config, self.name = engine, tokenizer, config, name
         is_text = config is not None and not config.is_multimodal
-        self._dialect = dialect or (TemplateDialect.ERNIE_TEXT if is_text else TemplateDialect.ERNIE_VL)
+        dialect = dialect or (TemplateDialect.ERNIE_TEXT if is_text else TemplateDialect.ERNIE_VL)
+        self._template = ChatTemplate(tokenizer, dialect, load)
         engine.start()
 
     @classmethod
@@ -331,14 +331,7 @@ class LLM:
         self, messages: Sequence[Message], tools: Sequence[Tool], is_thinking: bool
     ) -> tuple[Prompt, bool]:
         """The rendered prompt, and whether it ends inside an open thinking block."""
-        prompt = build_prompt(
-            messages,
-            self.tokenizer,
-            thinking=is_thinking,
-            tools=tools,
-            dialect=self._dialect,
-            load=self._load,
-        )
+        prompt = self._template.render(messages, thinking=is_thinking, tools=tools)
         return prompt, is_thinking
 
     def _ready(

@@ -6,6 +6,8 @@ chat template, none of which is a size. The vision width of the 424B is derived:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from duomo.errors import ConfigError
 from duomo.model.config import BankConfig, ModelConfig, VisionConfig
 
@@ -40,20 +42,11 @@ _TEXT_21B = ModelConfig(
     num_chosen=6,
     shared_size=2 * 1536,
 )
-_VL_28B = ModelConfig(
+# The text path of the VL model is the 21B's, tensor for tensor.
+_VL_28B = replace(
+    _TEXT_21B,
     name="vl-28b-a3b",
-    vocab_size=103424,
-    hidden_size=2560,
-    num_layers=28,
-    num_heads=20,
-    num_kv_heads=4,
-    head_dim=128,
-    intermediate_size=12288,
-    expert_layers=_layers(28, 1),
-    text_experts=BankConfig(64, 1536),
     vision_experts=BankConfig(64, 512),
-    num_chosen=6,
-    shared_size=2 * 1536,
     vision=VisionConfig(),
     rope_section=(22, 22, 20),
     initializer_range=0.011410316056095904,
@@ -72,22 +65,12 @@ _TEXT_300B = ModelConfig(
     num_chosen=8,
     tie_embeddings=False,
 )
-_VL_424B = ModelConfig(
+_VL_424B = replace(
+    _TEXT_300B,
     name="vl-424b-a47b",
-    vocab_size=103424,
-    hidden_size=8192,
-    num_layers=54,
-    num_heads=64,
-    num_kv_heads=8,
-    head_dim=128,
-    intermediate_size=28672,
-    expert_layers=_layers(54, 3),
-    text_experts=BankConfig(64, 3584),
     vision_experts=BankConfig(64, 1536),
-    num_chosen=8,
     vision=VisionConfig(),
     rope_section=(22, 22, 20),
-    tie_embeddings=False,
 )
 _DENSE_03B = ModelConfig(
     name="0.3b",
