@@ -1,11 +1,14 @@
 """A quantized model against the same model unpacked: only the activations' int8 may differ."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from duomo.errors import MissingTensor, ShapeMismatch, UnexpectedTensor
-from duomo.model import Ernie
+from duomo.model import Ernie, build_batch
+from duomo.model.attention import PackedCausal
 from duomo.model.config import BankConfig, ModelConfig, VisionConfig
 from duomo.model.packed import PackedEmbedding, PackedExperts, PackedLinear, build_packed
 from duomo.trellis import LCC2_12, LCC4_12, TrellisBank, TrellisTensor, encode_int
@@ -94,3 +97,23 @@ def test_wrong_tensors_are_named(stored):
         build_packed(CONFIG, {"extra": torch.ones(1), **stored}.items())
     with pytest.raises(ShapeMismatch, match="norm"):
         build_packed(CONFIG, {**stored, "decoder.norm.weight": torch.ones(3)}.items())
+
+
+def test_a_pass_says_which_experts_each_token_went_to(stored):
+    """Against the routers asked directly with what the bank was given."""
+    ids = [1, 7, 100295, 42, 9, 9, 100295]
+    given = {}
+    for model in (build_packed(CONFIG, stored.items()), unpacked(stored)):
+        given.clear()
+        for name in ("text", "vision"):
+            bank = getattr(model.decoder.layers[1].mlp, name)
+            bank.register_forward_pre_hook(lambda bank, inputs: given.update({bank: inputs[0]}))
+        chosen = torch.full((CONFIG.num_layers, len(ids), CONFIG.num_chosen), -1)
+        batch = replace(build_batch([ids], CONFIG), expert_ids_LTK=chosen)
+        with torch.inference_mode():
+            model(batch, PackedCausal())
+            assert (chosen[0] == -1).all()  # a dense layer chooses nothing
+            assert len(given) == 2
+            for bank, hidden in given.items():
+                rows = batch.text_rows if len(hidden) == 5 else batch.vision_rows
+                assert torch.equal(chosen[1][rows], bank.router(hidden).expert_ids_TK)

@@ -32,7 +32,8 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         attended = self.attention(self.input_norm(hidden_TD), rotation, layer_index, batch, cache)
         hidden_TD = hidden_TD + attended
-        return hidden_TD + self.mlp(self.post_norm(hidden_TD), batch)  # type: ignore[no-any-return]
+        chosen_TK = None if batch.expert_ids_LTK is None else batch.expert_ids_LTK[layer_index]
+        return hidden_TD + self.mlp(self.post_norm(hidden_TD), batch, chosen_TK)  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):

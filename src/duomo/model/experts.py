@@ -24,7 +24,9 @@ class MLP(nn.Module):
         self.up = Linear(hidden_size, intermediate_size, has_bias)
         self.down = Linear(intermediate_size, hidden_size, has_bias)
 
-    def forward(self, hidden_TD: Tensor, batch: Batch | None = None) -> Tensor:
+    def forward(
+        self, hidden_TD: Tensor, batch: Batch | None = None, chosen_TK: Tensor | None = None
+    ) -> Tensor:
         return self.down(nn.functional.silu(self.gate(hidden_TD)) * self.up(hidden_TD))  # type: ignore[no-any-return]
 
 
@@ -52,9 +54,18 @@ class ExpertBank(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(bank.num_experts, 2 * size, width))
         self.down = nn.Parameter(torch.empty(bank.num_experts, width, size))
 
-    def forward(self, hidden_TD: Tensor) -> Tensor:
+    def forward(
+        self, hidden_TD: Tensor, chosen_TK: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
         routing = self.router(hidden_TD)
+        note_choice(routing.expert_ids_TK, chosen_TK, rows)
         return kernels.experts(hidden_TD, routing.expert_ids_TK, routing.weights_TK, self.gate_up, self.down)
+
+
+def note_choice(expert_ids_TK: Tensor, chosen_TK: Tensor | None, rows: Tensor | None) -> None:
+    """Writes a bank's choice into the rows of `chosen_TK` that are its tokens (None: all), if asked for."""
+    if chosen_TK is not None:
+        chosen_TK[slice(None) if rows is None else rows] = expert_ids_TK
 
 
 class Experts(nn.Module):
@@ -68,15 +79,17 @@ class Experts(nn.Module):
         has_shared = config.shared_size > 0
         self.shared = MLP(config.hidden_size, config.shared_size, config.use_bias) if has_shared else None
 
-    def forward(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
-        routed_TD = self._routed(hidden_TD, batch)
+    def forward(self, hidden_TD: Tensor, batch: Batch, chosen_TK: Tensor | None = None) -> Tensor:
+        """`chosen_TK`, where given, is filled with the experts each token goes to."""
+        routed_TD = self._routed(hidden_TD, batch, chosen_TK)
         return routed_TD if self.shared is None else routed_TD + self.shared(hidden_TD)
 
-    def _routed(self, hidden_TD: Tensor, batch: Batch) -> Tensor:
-        if self.vision is None or not batch.vision_rows.numel():
-            return self.text(hidden_TD)  # type: ignore[no-any-return]
-        if not batch.text_rows.numel():
-            return self.vision(hidden_TD)  # type: ignore[no-any-return]
+    def _routed(self, hidden_TD: Tensor, batch: Batch, chosen_TK: Tensor | None) -> Tensor:
+        text_rows, vision_rows = batch.text_rows, batch.vision_rows
+        if self.vision is None or not vision_rows.numel():
+            return self.text(hidden_TD, chosen_TK)  # type: ignore[no-any-return]
+        if not text_rows.numel():
+            return self.vision(hidden_TD, chosen_TK)  # type: ignore[no-any-return]
         out_TD = torch.zeros_like(hidden_TD)
-        out_TD = out_TD.index_copy(0, batch.text_rows, self.text(hidden_TD[batch.text_rows]))
-        return out_TD.index_copy(0, batch.vision_rows, self.vision(hidden_TD[batch.vision_rows]))
+        out_TD = out_TD.index_copy(0, text_rows, self.text(hidden_TD[text_rows], chosen_TK, text_rows))
+        return out_TD.index_copy(0, vision_rows, self.vision(hidden_TD[vision_rows], chosen_TK, vision_rows))

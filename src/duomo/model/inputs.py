@@ -33,6 +33,8 @@ class Batch:
     slots_T          int64, the cache slot of each new token (paged caches)
     page_table_SM    int64, pages of each sequence (paged caches)
     logit_rows       int64, tokens whose logits are wanted; None: all
+    expert_ids_LTK   int64 [layers, T, K], written by the pass: the experts each token went to, in the bank of
+                     its modality; layers without experts are left alone. None: nobody asks
     """
 
     ids_T: Tensor
@@ -46,6 +48,7 @@ class Batch:
     slots_T: Tensor | None = None
     page_table_SM: Tensor | None = None
     logit_rows: Tensor | None = None
+    expert_ids_LTK: Tensor | None = None
 
 
 class KVCache(Protocol):

@@ -19,7 +19,7 @@ from duomo.kernels.weights import NATIVE_BLOCK, Int8Weight, PackedWeight, Trelli
 from duomo.model.attention import Attention
 from duomo.model.config import ModelConfig
 from duomo.model.ernie import Embedding, Ernie
-from duomo.model.experts import MLP, ExpertBank, Router
+from duomo.model.experts import MLP, ExpertBank, Router, note_choice
 from duomo.model.inputs import Batch, KVCache
 from duomo.model.layers import Linear, RMSNorm
 from duomo.model.rope import Rotation
@@ -69,13 +69,16 @@ class PackedExperts(nn.Module):
         self.down = down
         self.listener: Callable[[Tensor], None] | None = None  # hears the chosen ids [T, K]
 
-    def forward(self, hidden_TD: Tensor) -> Tensor:
+    def forward(
+        self, hidden_TD: Tensor, chosen_TK: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
         router = self.router
         routing = kernels.packed_route(
             hidden_TD, router.weight, router.bias, router.num_chosen, router.norm_min
         )
         if self.listener is not None:
             self.listener(routing.expert_ids_TK)
+        note_choice(routing.expert_ids_TK, chosen_TK, rows)
         chosen = (routing.expert_ids_TK, routing.weights_TK)
         return kernels.packed_experts(hidden_TD, *chosen, self.gate_up, self.down)
 
@@ -87,7 +90,9 @@ class PackedMLP(nn.Module):
         super().__init__()
         self.weights = (gate, up, down)
 
-    def forward(self, hidden_TD: Tensor, batch: Batch | None = None) -> Tensor:
+    def forward(
+        self, hidden_TD: Tensor, batch: Batch | None = None, chosen_TK: Tensor | None = None
+    ) -> Tensor:
         return kernels.packed_mlp(hidden_TD, *self.weights)
 
 
