@@ -34,6 +34,7 @@ from duomo.engine.request import (
 from duomo.errors import CheckpointError, ConfigError, EngineError, PromptError
 from duomo.processing.messages import Message, TextPart, Tool
 from duomo.processing.prompt import Prompt
+from duomo.processing.reasoning import ParserName, parser_named
 from duomo.processing.template import ChatTemplate, LoadMedia, TemplateDialect, load_media, loader_of
 from duomo.processing.tokenizer import Tokenizer
 
@@ -46,6 +47,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "Decision", "Question"]
 ASSETS = Path(__file__).parent / "assets"
+_PARSERS: dict[TemplateDialect, ParserName] = {
+    TemplateDialect.ERNIE_VL: "ernie-45-vl",
+    TemplateDialect.ERNIE_VL_THINKING: "ernie-45-vl-thinking",
+    TemplateDialect.ERNIE_TEXT: "ernie-x1",
+}
 _names = itertools.count()
 
 
@@ -60,11 +66,13 @@ class LLM:
         name: str,
         dialect: TemplateDialect | None = None,
         load: LoadMedia = load_media,
+        parser: str | None = None,
     ) -> None:
         self.engine, self.tokenizer, self.config, self.name = engine, tokenizer, config, name
         is_text = config is not None and not config.is_multimodal
         dialect = dialect or (TemplateDialect.ERNIE_TEXT if is_text else TemplateDialect.ERNIE_VL)
         self._template = ChatTemplate(tokenizer, dialect, load)
+        self._parser: ParserName = _PARSERS[dialect] if parser is None else parser_named(parser)
         engine.start()
 
     @classmethod
@@ -84,6 +92,7 @@ class LLM:
         feature_folder: str | Path | None = None,
         name: str | None = None,
         dialect: TemplateDialect | None = None,
+        parser: str | None = None,
         own_process: bool = False,
         weights_idle_s: float = 300.0,
         weights_cap_bytes: int | None = None,
@@ -92,6 +101,7 @@ class LLM:
 
         dtype "auto" computes in fp32 below a billion parameters and in the file's dtype above; kv_dtype is
         float32, bfloat16, int8 or auto (as the model computes). `num_drafts` > 0 turns speculation on;
+        `parser` names the reader of answers (`processing.reasoning`), else the dialect's own does it.
         `own_process` runs the engine in a process of its own, whose death ends every open request.
         Packed weights are read when needed: those for pictures leave memory `weights_idle_s` after the last
         one, and above `weights_cap_bytes` the experts chosen least do.
@@ -125,7 +135,8 @@ class LLM:
             from duomo.engine.opening import open_engine
 
             engine, _ = open_engine(folder, tokenizer, **options)
-        return cls(engine, tokenizer, config, name or config.name or folder.name, dialect, loader_of(folder))
+        named = name or config.name or folder.name
+        return cls(engine, tokenizer, config, named, dialect, loader_of(folder), parser)
 
     @classmethod
     def scripted(cls, tokenizer: Tokenizer, script: Script, *, name: str = "scripted", **options: Any) -> LLM:
@@ -135,9 +146,10 @@ class LLM:
         from duomo.engine.vocabulary import Vocabulary
 
         runner = ScriptedRunner(script, tokenizer.vocab_size, options.pop("step_seconds", 0.0))
+        parser = options.pop("parser", None)
         options = {"num_pages": 512, "page_size": 16} | options
         engine = build_engine(runner, Vocabulary.of(tokenizer), **options)
-        return cls(engine, tokenizer, None, name)
+        return cls(engine, tokenizer, None, name, parser=parser)
 
     @property
     def residency(self) -> Residency | None:
@@ -304,7 +316,7 @@ class LLM:
             self._expect_picture()
         is_thinking = self._thinks(messages, params, tools)
         prompt, is_open = self._prompt(messages, tools, is_thinking)
-        return self._ready(prompt, params, is_open, bool(tools), **asked)
+        return self._ready(prompt, params, is_open, self._parser, bool(tools), **asked)
 
     def _expect_picture(self) -> None:
         """The disk reads what a picture needs while the picture is decoded."""
@@ -318,7 +330,7 @@ class LLM:
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt)
         ready = prompt if isinstance(prompt, Prompt) else Prompt(list(prompt))
-        return self._ready(ready, params, False, False, **asked)
+        return self._ready(ready, params, False, **asked)
 
     def _thinks(self, messages: Sequence[Message], params: SamplingParams, tools: Sequence[Tool]) -> bool:
         if params.thinking == "auto":
@@ -339,7 +351,8 @@ class LLM:
         prompt: Prompt,
         params: SamplingParams,
         is_thinking: bool,
-        has_tools: bool,
+        parser: ParserName = "ernie-45-vl",
+        has_tools: bool = False,
         request_id: str | None = None,
         priority: int = 0,
         salt: str = "",
@@ -370,7 +383,7 @@ class LLM:
             )  # fmt: skip
             self.engine.validate(request)
             thinking: ThinkingMode = "on" if is_thinking else "off"
-            ready.append(Asked(request, own, thinking, has_tools, images, videos))
+            ready.append(Asked(request, own, thinking, has_tools, parser, images, videos))
         return ready
 
     def _choices(self, request_id: str) -> list[str]:
@@ -449,7 +462,7 @@ class LLM:
         if not ids:
             raise ConfigError("an option is empty; give at least one character")
         params = SamplingParams(max_tokens=len(ids), forced=ids, logprobs=0, thinking="off", ignore_eos=True)
-        ready = self._ready(prompt, params, False, False)[0]
+        ready = self._ready(prompt, params, False)[0]
         logprobs: list[TokenLogprob] = []
         done = threading.Event()
         failures: list[str] = []

@@ -16,6 +16,7 @@ from duomo.errors import ConfigError, EngineError, GrammarError, PromptTooLong
 from duomo.llm import LLM, Question
 from duomo.processing.messages import Message, Tool
 from duomo.processing.tokenizer import Tokenizer
+from duomo.processing.tools import join_calls
 
 ASK = [Message.of("user", "What is this?")]
 WORDS = ["the cat sat on a mat and said: hello world, yes or no?", "猫坐在垫子上。你好！", '{"a": 1}']
@@ -135,6 +136,52 @@ def test_a_call_of_a_tool(tokenizer: Tokenizer) -> None:
         whole = llm.chat(ASK, thinking(), tools=[Tool("zoom")])
     assert [(c.name, c.arguments) for c in whole.tool_calls] == [("zoom", {"a": "猫 }"})]
     assert (whole.finish_reason, whole.text) == ("tool_calls", "")
+
+
+def test_the_arguments_of_a_call_are_streamed_as_they_grow(tokenizer: Tokenizer) -> None:
+    body = '{"name": "zoom", "arguments": {"a": "the cat sat on a mat"}}'
+    parts = ["cat", "</think>", "<tool_call>", f"\n{body}\n", "</tool_call>"]
+    with saying(tokenizer, *parts) as llm:
+        deltas = list(llm.stream(ASK, thinking(), [Tool("zoom")]))
+        whole = llm.chat(ASK, thinking(), [Tool("zoom")])
+    pieces = [call for delta in deltas for call in delta.tool_calls]
+    assert len([piece for piece in pieces if piece.arguments]) > 3
+    assert "".join(piece.arguments for piece in pieces) == '{"a": "the cat sat on a mat"}'
+    assert [(c.name, c.arguments) for c in join_calls(pieces)] == [("zoom", {"a": "the cat sat on a mat"})]
+    assert [c.arguments for c in whole.tool_calls] == [{"a": "the cat sat on a mat"}]
+    assert deltas[-1].finish_reason == whole.finish_reason == "tool_calls"
+
+
+def test_a_call_that_breaks_off_is_text_again(tokenizer: Tokenizer) -> None:
+    text = '<tool_call>\n{"name": "zoom", "arguments": {"a": the cat}}'
+    with saying(tokenizer, "cat", "</think>", text) as llm:
+        deltas = list(llm.stream(ASK, thinking(), [Tool("zoom")]))
+        whole = llm.chat(ASK, thinking(), [Tool("zoom")])
+    assert "".join(delta.text for delta in deltas) == whole.text == text
+    assert any(call.is_broken for delta in deltas for call in delta.tool_calls)
+    assert (whole.tool_calls, whole.finish_reason, deltas[-1].finish_reason) == ((), "stop", "stop")
+
+
+def test_the_response_tags_of_x1_are_swallowed_and_kept_by_the_others(tokenizer: Tokenizer) -> None:
+    parts = ["cat", "</think>", "\n<response>\nhello world\n</response>\n"]
+    with saying(tokenizer, *parts, parser="ernie_x1") as llm:
+        assert same(llm, thinking()).text == "hello world"
+    with saying(tokenizer, *parts) as llm:
+        assert same(llm, thinking()).text == "<response>\nhello world\n</response>\n"
+    with pytest.raises(ConfigError, match="no reasoning parser"):
+        saying(tokenizer, "cat", parser="qwen3")
+
+
+def test_text_that_spells_the_end_of_thinking_is_text(tokenizer: Tokenizer) -> None:
+    spelled = [f"the {piece}" for piece in ("<", "/think", ">")]
+    with saying(tokenizer, "</", "think", ">", *spelled, "</think>", "hello</", "think", ">") as llm:
+        whole = same(llm, thinking())
+    assert whole.reasoning == "</think>the <the /thinkthe >" and whole.text == "hello</think>"
+
+
+def test_newlines_before_the_answer_stop_nothing(tokenizer: Tokenizer) -> None:
+    with saying(tokenizer, "cat", "</think>", "\n\nhello\n\nworld") as llm:
+        assert same(llm, thinking(stop=("\n\n",))).text == "hello"
 
 
 def test_a_grammar_binds_the_answer_and_not_the_thinking(tokenizer: Tokenizer) -> None:

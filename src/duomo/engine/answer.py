@@ -41,6 +41,7 @@ class Answer:
         wrap_up = vocabulary.encode(params.wrap_up) if params.wrap_up else []
         self.governor = Governor(request.is_thinking, vocabulary.think_end, params.thinking_budget, wrap_up)
         self._stops = StopMatcher(params.stop)
+        self._is_opening = self.governor.is_thinking  # newlines after the thinking are the template's
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.num_tokens = 0
         self.num_reasoning = 0
@@ -102,7 +103,11 @@ class Answer:
             if self._grammar.is_over:
                 return self._finish("stop", "grammar")
         if params.stop and token not in self._vocabulary.special_ids:
-            self._stops.feed(self._decoder.decode(self._vocabulary.tokens[token]))
+            text = self._decoder.decode(self._vocabulary.tokens[token])
+            if self._is_opening:
+                text = text.lstrip("\n")
+                self._is_opening = not text
+            self._stops.feed(text)
             if self._stops.found is not None:
                 return self._finish("stop", "stop_string")
         return None

@@ -17,7 +17,9 @@ from duomo.engine.request import (
 )
 from duomo.engine.text import AnswerText
 from duomo.errors import EngineError
+from duomo.processing.reasoning import ParserName
 from duomo.processing.tokenizer import Tokenizer
+from duomo.processing.tools import CallPiece, join_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class Asked:
     params: SamplingParams
     thinking: ThinkingMode
     has_tools: bool
+    parser: ParserName
     image_tokens: int
     video_tokens: int
 
@@ -39,6 +42,7 @@ class Reader:
         self._asked, self._index, self._num_tokens = asked, index, 0
         self._text = AnswerText(
             tokenizer,
+            asked.parser,
             asked.request.is_thinking,
             asked.params.stop,
             asked.has_tools,
@@ -54,19 +58,16 @@ class Reader:
         reason: FinishReason | None = output.finish_reason
         usage = None
         if reason is not None:
-            rest = self._text.finish()
-            piece.reasoning += rest.reasoning
-            piece.text += rest.text
-            piece.tool_calls += rest.tool_calls
+            piece.add(self._text.finish())
             usage = self._usage(output)
-        self._has_calls = self._has_calls or bool(piece.tool_calls)
+        self._has_calls = self._has_calls or any(call.is_complete for call in piece.calls)
         if reason == "stop" and self._has_calls:
             reason = "tool_calls"
         yield Delta(
             index=self._index,
-            text=piece.text,
+            text=piece.content,
             reasoning=piece.reasoning,
-            tool_calls=tuple(piece.tool_calls),
+            tool_calls=tuple(piece.calls),
             token_ids=output.token_ids,
             logprobs=output.logprobs,
             prompt_logprobs=output.prompt_logprobs,
@@ -88,10 +89,11 @@ class Reader:
 
 def whole(deltas: list[Delta], params: SamplingParams, is_thinking: bool) -> Completion:
     last = deltas[-1]
+    calls: list[CallPiece] = [call for delta in deltas for call in delta.tool_calls]
     return Completion(
         text="".join(delta.text for delta in deltas),
         reasoning="".join(delta.reasoning for delta in deltas),
-        tool_calls=tuple(call for delta in deltas for call in delta.tool_calls),
+        tool_calls=join_calls(calls),
         finish_reason=last.finish_reason or "abort",
         usage=last.usage or Usage(),
         thinking="on" if is_thinking else "off",

@@ -151,7 +151,7 @@ class Delta:
     index: int = 0
     text: str = ""
     reasoning: str = ""
-    tool_calls: tuple[Any, ...] = ()  # of processing.messages.ToolCall, whole ones
+    tool_calls: tuple[Any, ...] = ()  # of processing.tools.CallPiece: calls as they grow
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()

@@ -16,12 +16,13 @@ from typing import Literal
 
 from duomo.errors import ConfigError
 from duomo.processing.messages import ToolCall
-from duomo.processing.tools import OPEN, CallPiece, CallReader, join_calls
+from duomo.processing.tools import CLOSE, OPEN, CallPiece, CallReader, join_calls
 
 ParserName = Literal["ernie-45-vl", "ernie-45-vl-thinking", "ernie-x1"]
 PARSERS: tuple[ParserName, ...] = ("ernie-45-vl", "ernie-45-vl-thinking", "ernie-x1")
 _THINK, _UNTHINK = "<think>", "</think>"
 _RESPONSE, _UNRESPONSE = "<response>", "</response>"
+TAGS = (OPEN, CLOSE, _RESPONSE, _UNRESPONSE)  # of the answer; a vocabulary may have tokens for them
 
 
 @dataclass(slots=True)
@@ -31,6 +32,11 @@ class AnswerPiece:
     reasoning: str = ""
     content: str = ""
     calls: list[CallPiece] = field(default_factory=list)
+
+    def add(self, more: AnswerPiece) -> None:
+        self.reasoning += more.reasoning
+        self.content += more.content
+        self.calls += more.calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +55,22 @@ def parser_named(name: str) -> ParserName:
 
 
 class AnswerParser:
-    """`feed` text as it comes, `finish` once. `is_thinking`: the prompt ended in an open thinking block."""
+    """`feed` text as it comes, `finish` once. `is_thinking`: the prompt ended in an open thinking block.
+
+    Where the ids are known, `spells_thinking` is False: text that spells `</think>` is text then, and whoever
+    sees the token itself calls `end_thinking`.
+    """
 
     def __init__(
-        self, name: ParserName, *, is_thinking: bool, has_tools: bool = False, call_name: str = "call"
+        self,
+        name: ParserName,
+        *,
+        is_thinking: bool,
+        has_tools: bool = False,
+        call_name: str = "call",
+        spells_thinking: bool = True,
     ) -> None:
-        self._has_tools, self._call_name = has_tools, call_name
+        self._has_tools, self._call_name, self._spells_thinking = has_tools, call_name, spells_thinking
         self._calls_come_first = name == "ernie-45-vl-thinking"
         self._has_response = name == "ernie-x1"
         self._is_thinking = is_thinking
@@ -69,6 +85,13 @@ class AnswerParser:
         self._buffer += text
         while self._step(piece):
             pass
+        return piece
+
+    def end_thinking(self) -> AnswerPiece:
+        """`</think>` came as a token: what waited was reasoning."""
+        piece = AnswerPiece()
+        self._show(piece, self._buffer)
+        self._buffer, self._is_thinking = "", False
         return piece
 
     def finish(self) -> AnswerPiece:
@@ -107,7 +130,7 @@ class AnswerParser:
 
     def _tags(self) -> list[str]:
         if self._is_thinking:
-            return [_THINK, _UNTHINK]
+            return [_THINK, _UNTHINK] if self._spells_thinking else []
         tags = [OPEN] if self._has_tools else []
         return [*tags, _RESPONSE, _UNRESPONSE] if self._has_response else tags
 

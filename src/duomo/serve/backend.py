@@ -32,12 +32,16 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class ToolPiece:
-    """A piece of a call: the first has the id and the name, every one a stretch of the arguments' JSON."""
+    """A piece of a call: the first has the id and the name, every one a stretch of the arguments' JSON.
+
+    `is_broken`: what was announced turned out to be no call; its text follows as text.
+    """
 
     index: int
     id: str | None = None
     name: str | None = None
     arguments: str = ""
+    is_broken: bool = False
 
 
 @dataclass(frozen=True, slots=True)

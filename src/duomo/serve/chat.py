@@ -40,6 +40,9 @@ class Answer:
         self.token_ids += piece.token_ids
         self.logprobs += [logprob_of(info) for info in piece.logprobs]
         for tool in piece.tools:
+            if tool.is_broken:  # its text came as text
+                self.tools.pop(tool.index, None)
+                continue
             call = self.tools.setdefault(tool.index, schema.ToolCallOut("", schema.FunctionOut("", "")))
             call.id, call.function.name = tool.id or call.id, tool.name or call.function.name
             call.function.arguments += tool.arguments
@@ -205,7 +208,7 @@ async def chunks(
 def _chunk_choice(call: schema.ChatRequest, job: Job, piece: Piece, shown: bool) -> schema.ChunkChoice:
     reasoning = piece.reasoning if shown and piece.reasoning else UNSET
     delta = schema.Delta(UNSET, piece.text or UNSET, reasoning, reasoning)
-    if piece.tools:
+    if any(not tool.is_broken for tool in piece.tools):
         delta.tool_calls = [
             schema.ToolCallDelta(
                 tool.index,
@@ -214,6 +217,7 @@ def _chunk_choice(call: schema.ChatRequest, job: Job, piece: Piece, shown: bool)
                 schema.FunctionDelta(tool.name, tool.arguments),
             )
             for tool in piece.tools
+            if not tool.is_broken
         ]
     choice = schema.ChunkChoice(piece.index, delta, piece.finish_reason)
     if job.params.logprobs is not None and piece.logprobs:

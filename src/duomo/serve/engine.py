@@ -72,10 +72,9 @@ class Model:
             tools = () if job.tool_choice == "none" else job.tools
             deltas = self.llm.astream(job.messages, self._params(job), tools, **asked)
         self._running.add(job.id)
-        num_calls: dict[int, int] = {}
         try:
             async for delta in deltas:
-                yield self._piece(job, delta, num_calls)
+                yield self._piece(job, delta)
         finally:
             self._running.discard(job.id)
             await deltas.aclose()  # type: ignore[attr-defined]
@@ -132,14 +131,13 @@ class Model:
             return job.params
         return replace(job.params, constraint=_forced_call(job, self.llm))
 
-    def _piece(self, job: Job, delta: Delta, num_calls: dict[int, int]) -> Piece:
-        first = num_calls.get(delta.index, 0)
-        calls = delta.tool_calls if job.parallel_tool_calls else delta.tool_calls[: max(0, 1 - first)]
+    def _piece(self, job: Job, delta: Delta) -> Piece:
         tools = tuple(
-            ToolPiece(first + place, call.id, call.name, json.dumps(call.arguments, ensure_ascii=False))
-            for place, call in enumerate(calls)
+            ToolPiece(call.index, call.id, call.name, call.arguments, call.is_broken)
+            for call in delta.tool_calls
+            if (job.parallel_tool_calls or call.index == 0)
+            and (call.name or call.arguments or call.is_broken)
         )
-        num_calls[delta.index] = first + len(calls)
         mode = None
         if delta.usage is not None:
             mode = (

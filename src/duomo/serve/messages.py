@@ -265,7 +265,7 @@ def _blocks(piece: Piece) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
         out.append(("thinking", opens, {"type": "thinking_delta", "thinking": piece.reasoning}))
     if piece.text:
         out.append(("text", {"type": "text", "text": ""}, {"type": "text_delta", "text": piece.text}))
-    for tool in piece.tools:
+    for tool in (tool for tool in piece.tools if not tool.is_broken):
         opens = {"type": "tool_use", "id": tool.id, "name": tool.name, "input": {}}
         delta = {"type": "input_json_delta", "partial_json": tool.arguments}
         out.append((f"tool-{tool.index}", opens, delta))
