@@ -8,6 +8,7 @@
 #include <string>
 
 #include "attention.hpp"
+#include "bind.hpp"
 #include "cpu.hpp"
 #include "experts.hpp"
 #include "pool.hpp"
@@ -20,25 +21,10 @@ namespace {
 
 using namespace duomo;
 
-template <class T>
-using Array = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
-using Address = uintptr_t;
-
-template <class T>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
 struct Trellis {
     Array<uint8_t> codes;
     Array<uint16_t> row_scale;
     TrellisBank bank;
-};
-
-struct Integers {
-    Array<int8_t> codes;
-    Array<uint16_t> row_scale;
-    Int8Rows rows;
 };
 
 std::vector<float> copied(const Array<float>& signs, int64_t columns) {

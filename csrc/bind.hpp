@@ -1,0 +1,29 @@
+// What the bind_*.cpp share: arrays that come from Python, addresses of activations, and int8 matrices that keep the
+// arrays they point into alive.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <vector>
+
+#include "experts.hpp"
+
+namespace duomo {
+
+template <class T>
+using Array = nanobind::ndarray<const T, nanobind::c_contig, nanobind::device::cpu>;
+using Address = uintptr_t;  // of fp32 or int64 data, checked by duomo.kernels.cpu
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+struct Integers {
+    Array<int8_t> codes;
+    Array<uint16_t> row_scale;
+    Int8Rows rows;
+};
+
+}  // namespace duomo
