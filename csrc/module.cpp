@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 
 void bind_kernels(nanobind::module_& m);
+void bind_vision(nanobind::module_& m);
 #ifdef DUOMO_HAS_TRELLIS
 void bind_trellis(nanobind::module_& m);
 #endif
@@ -9,6 +10,7 @@ void bind_trellis(nanobind::module_& m);
 NB_MODULE(_native, m) {
     m.doc() = "duomo's native kernels: plain C++ over raw pointers";
     bind_kernels(m);
+    bind_vision(m);
 #ifdef DUOMO_HAS_TRELLIS
     bind_trellis(m);
 #endif

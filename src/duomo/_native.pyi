@@ -116,3 +116,49 @@ class Integers:
         signs: npt.NDArray[np.float32],
     ) -> None: ...
     def linear(self, x: int, tokens: int, y: int) -> None: ...
+
+class Norm:
+    def __init__(
+        self, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32], eps: float
+    ) -> None: ...
+
+class VisionScratch:
+    def __init__(self) -> None: ...
+
+def frame_attention(
+    scratch: VisionScratch,
+    query: int,
+    key: int,
+    value: int,
+    lengths: npt.NDArray[np.int64],
+    num_heads: int,
+    head_dim: int,
+    out: int,
+    /,
+) -> None: ...
+def vision_attention(
+    scratch: VisionScratch,
+    hidden: int,
+    norm: Norm,
+    qkv: Integers,
+    qkv_bias: npt.NDArray[np.float32],
+    out: Integers,
+    out_bias: npt.NDArray[np.float32],
+    cos: int,
+    sin: int,
+    lengths: npt.NDArray[np.int64],
+    num_heads: int,
+    head_dim: int,
+    /,
+) -> None: ...
+def vision_mlp(
+    scratch: VisionScratch,
+    hidden: int,
+    patches: int,
+    norm: Norm,
+    fc1: Integers,
+    fc1_bias: npt.NDArray[np.float32],
+    fc2: Integers,
+    fc2_bias: npt.NDArray[np.float32],
+    /,
+) -> None: ...

@@ -4,12 +4,17 @@
 Which set serves packed weights is decided at load: DUOMO_KERNELS, else C++ where it was built.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from duomo import env
 from duomo.kernels import cpu, reference
 from duomo.kernels.reference import (
+    Affine,
+    BlockWeights,
+    Norm,
     Routing,
     attention,
     experts,
@@ -24,7 +29,10 @@ from duomo.kernels.reference import (
 from duomo.kernels.weights import NATIVE_BLOCK, Int8Weight, PackedWeight, TrellisWeight
 
 __all__ = [
+    "Affine",
+    "BlockWeights",
     "Int8Weight",
+    "Norm",
     "PackedWeight",
     "Routing",
     "TrellisWeight",
@@ -45,6 +53,7 @@ __all__ = [
     "rotate_pairs",
     "route",
     "swiglu",
+    "vision_blocks",
 ]
 
 is_native: bool = env.KERNELS.get() == "cpu" or (env.KERNELS.get() == "" and cpu.is_built())
@@ -110,3 +119,17 @@ def paged_attention(
     is_fast = _takes(query_TNH) and query_TNH.shape[-1] % cpu.HEAD_MULTIPLE == 0
     chosen = cpu.paged_attention if is_fast else reference.paged_attention
     return chosen(query_TNH, store, scale, page_table_SM, page_size, sequence_T, num_keys_T)
+
+
+def vision_blocks(
+    hidden_PC: Tensor,
+    blocks: Sequence[BlockWeights],
+    cos_PQ: Tensor,
+    sin_PQ: Tensor,
+    frames: Sequence[int],
+    num_heads: int,
+) -> Tensor:
+    """The tower's blocks over int8 weights: patches [P, C] of all frames -> [P, C]; `frames` are lengths."""
+    is_fast = _takes(hidden_PC) and cpu.takes_heads(hidden_PC.shape[-1] // num_heads)
+    chosen = cpu.vision_blocks if is_fast else reference.vision_blocks
+    return chosen(hidden_PC, blocks, cos_PQ, sin_PQ, frames, num_heads)

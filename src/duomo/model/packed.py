@@ -22,6 +22,7 @@ from duomo.model.ernie import Embedding, Ernie
 from duomo.model.experts import MLP, ExpertBank, Router, note_choice
 from duomo.model.inputs import Batch, KVCache
 from duomo.model.layers import Linear, RMSNorm
+from duomo.model.packed_vision import pack as pack_blocks
 from duomo.model.rope import Rotation
 from duomo.trellis import IntTensor, TrellisBank, TrellisTensor, hadamard
 
@@ -145,6 +146,8 @@ def build_packed(
             f"{next(iter(wanted))} is missing, and {len(wanted) - 1} more", name=next(iter(wanted))
         )
     _join_banks(model, halves, dtype)
+    if model.vision_tower is not None:
+        model.vision_tower.blocks = pack_blocks(model.vision_tower.blocks)
     return model.eval().requires_grad_(False)
 
 

@@ -27,7 +27,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = Linear(config.patch_size, config.hidden_size)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))
+        self.blocks = VisionBlocks(VisionBlock(config) for _ in range(config.num_layers))
         self.norm = LayerNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, patches_PX: Tensor, grids: Sequence[GridLike]) -> Tensor:
@@ -36,10 +36,16 @@ class VisionTower(nn.Module):
         device = patches_PX.device
         rotation = vision_rotation(rows_P.to(device), columns_P.to(device), self.config)
         frames = [grid.rows * grid.columns for grid in grids for _ in range(grid.frames)]
-        hidden_PC = self.patch_embed(patches_PX)
-        for block in self.blocks:
+        return self.norm(self.blocks(self.patch_embed(patches_PX), rotation, frames))  # type: ignore[no-any-return]
+
+
+class VisionBlocks(nn.ModuleList):
+    """All blocks in turn; `model.packed_vision` has one of the same call over packed weights."""
+
+    def forward(self, hidden_PC: Tensor, rotation: Rotation, frames: Sequence[int]) -> Tensor:
+        for block in self:
             hidden_PC = block(hidden_PC, rotation, frames)
-        return self.norm(hidden_PC)  # type: ignore[no-any-return]
+        return hidden_PC
 
 
 class VisionBlock(nn.Module):

@@ -17,9 +17,17 @@ from duomo.kernels.cpu.packed import (
     route,
 )
 from duomo.kernels.cpu.paged_attention import HEAD_MULTIPLE, paged_attention
+from duomo.kernels.cpu.vision import (
+    frame_attention,
+    takes_heads,
+    vision_attention,
+    vision_blocks,
+    vision_mlp,
+)
 
 __all__ = [
     "HEAD_MULTIPLE",
+    "frame_attention",
     "install",
     "is_built",
     "packed_experts",
@@ -30,6 +38,10 @@ __all__ = [
     "quantize_activations",
     "rmsnorm",
     "route",
+    "takes_heads",
+    "vision_attention",
+    "vision_blocks",
+    "vision_mlp",
 ]
 
 

@@ -14,11 +14,24 @@ from duomo.kernels.reference.packed import (
 from duomo.kernels.reference.paged_attention import paged_attention
 from duomo.kernels.reference.rope import rotate_halves, rotate_pairs
 from duomo.kernels.reference.router import Routing, route
+from duomo.kernels.reference.vision import (
+    Affine,
+    BlockWeights,
+    Norm,
+    frame_attention,
+    vision_attention,
+    vision_blocks,
+    vision_mlp,
+)
 
 __all__ = [
+    "Affine",
+    "BlockWeights",
+    "Norm",
     "Routing",
     "attention",
     "experts",
+    "frame_attention",
     "layernorm",
     "linear",
     "packed_experts",
@@ -32,4 +45,7 @@ __all__ = [
     "rotate_pairs",
     "route",
     "swiglu",
+    "vision_attention",
+    "vision_blocks",
+    "vision_mlp",
 ]
