@@ -93,6 +93,7 @@ class LLM:
         name: str | None = None,
         dialect: TemplateDialect | None = None,
         parser: str | None = None,
+        load: LoadMedia = load_media,
         own_process: bool = False,
         weights_idle_s: float = 300.0,
         weights_cap_bytes: int | None = None,
@@ -102,6 +103,7 @@ class LLM:
         dtype "auto" computes in fp32 below a billion parameters and in the file's dtype above; kv_dtype is
         float32, bfloat16, int8 or auto (as the model computes). `num_drafts` > 0 turns speculation on;
         `parser` names the reader of answers (`processing.reasoning`), else the dialect's own does it.
+        `load` decodes pictures and videos (`processing.decoding` does it in other processes).
         `own_process` runs the engine in a process of its own, whose death ends every open request.
         Packed weights are read when needed: those for pictures leave memory `weights_idle_s` after the last
         one, and above `weights_cap_bytes` the experts chosen least do.
@@ -136,7 +138,7 @@ class LLM:
 
             engine, _ = open_engine(folder, tokenizer, **options)
         named = name or config.name or folder.name
-        return cls(engine, tokenizer, config, named, dialect, loader_of(folder), parser)
+        return cls(engine, tokenizer, config, named, dialect, loader_of(folder, load), parser)
 
     @classmethod
     def scripted(cls, tokenizer: Tokenizer, script: Script, *, name: str = "scripted", **options: Any) -> LLM:

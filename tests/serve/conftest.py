@@ -6,12 +6,14 @@ import io
 import json
 import threading
 import time
+from dataclasses import replace
 
 import httpx
 import pytest
 import uvicorn
 
 from duomo.serve.app import create_app
+from duomo.serve.http import http_config
 from duomo.serve.options import Options
 from duomo.serve.scripted import Scripted
 
@@ -22,9 +24,7 @@ class Running:
     def __init__(self, backend, options):
         self.backend, self.app = backend, create_app(backend, options)
         self.server = self.app.state.server
-        config = uvicorn.Config(
-            self.app, port=0, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
-        )
+        config = http_config(self.app, replace(options, port=0))
         self.http = uvicorn.Server(config)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.http.serve()), daemon=True)
         self.thread.start()

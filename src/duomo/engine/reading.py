@@ -56,10 +56,8 @@ class Reader:
         self._num_tokens += len(output.token_ids)
         piece = self._text.add(output.token_ids)
         reason: FinishReason | None = output.finish_reason
-        usage = None
         if reason is not None:
             piece.add(self._text.finish())
-            usage = self._usage(output)
         self._has_calls = self._has_calls or any(call.is_complete for call in piece.calls)
         if reason == "stop" and self._has_calls:
             reason = "tool_calls"
@@ -72,7 +70,7 @@ class Reader:
             logprobs=output.logprobs,
             prompt_logprobs=output.prompt_logprobs,
             finish_reason=reason,
-            usage=usage,
+            usage=self._usage(output),
             thinking=None if reason is None else self._asked.thinking,
         )
 

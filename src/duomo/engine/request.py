@@ -146,7 +146,10 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """One piece of a streamed answer; `index` counts the choices of `n`. The last has a finish reason."""
+    """One piece of a streamed answer; `index` counts the choices of `n`. The last has a finish reason.
+
+    `usage` is that of the choice so far.
+    """
 
     index: int = 0
     text: str = ""

@@ -45,7 +45,7 @@ def load_media(part: ImagePart | VideoPart) -> Media:
 LoadMedia = Callable[[ImagePart | VideoPart], Media]
 
 
-def loader_of(folder: Path) -> LoadMedia:
+def loader_of(folder: Path, load_media: LoadMedia = load_media) -> LoadMedia:
     """`load_media` within the picture sizes that a checkpoint's preprocessor_config.json states, if it does.
 
     A request's own `min_pixels` and `max_pixels` go first. ConfigError if the file is not readable.

@@ -137,7 +137,7 @@ class _Outer:
             server: Server = scope["app"].state.server
             route = scope.get("route")
             path = getattr(route, "path", "other")
-            server.metrics.count(server.metrics.requests, 1, path, str(status))
+            server.metrics.count(server.metrics.requests, path, str(status))
             log.log(
                 logging.DEBUG if path in _QUIET else logging.INFO,
                 "request",

@@ -56,7 +56,7 @@ class TokenInfo:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What came next in choice `index`. The last piece of a choice has `finish_reason` and `usage`."""
+    """What came next in choice `index`; `usage` is the choice's so far. The last has `finish_reason`."""
 
     index: int = 0
     text: str = ""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 
 from msgspec import UNSET
 from starlette.requests import Request
@@ -16,38 +15,12 @@ from starlette.responses import Response
 
 from duomo.engine.request import Usage
 from duomo.serve import convert, schema
-from duomo.serve.backend import Job, Piece, TokenInfo
-from duomo.serve.problems import Problem, invalid
+from duomo.serve.backend import Job, Piece
+from duomo.serve.problems import invalid
+from duomo.serve.respond import Dialect, Spent, Whole, logprob_of, respond
 from duomo.serve.server import Server, answers, json_response, request_id, server_of
-from duomo.serve.stream import EventStream, event, first_or_late, unless_gone
+from duomo.serve.stream import event
 from duomo.serve.thinking import Thinking, resolve
-
-
-@dataclass(slots=True)
-class Answer:
-    """One choice as it grows."""
-
-    text: str = ""
-    reasoning: str = ""
-    tools: dict[int, schema.ToolCallOut] = field(default_factory=dict)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[schema.TokenLogprob] = field(default_factory=list)
-    finish_reason: schema.Finish = "stop"
-
-    def add(self, piece: Piece) -> None:
-        self.text += piece.text
-        self.reasoning += piece.reasoning
-        self.token_ids += piece.token_ids
-        self.logprobs += [logprob_of(info) for info in piece.logprobs]
-        for tool in piece.tools:
-            if tool.is_broken:  # its text came as text
-                self.tools.pop(tool.index, None)
-                continue
-            call = self.tools.setdefault(tool.index, schema.ToolCallOut("", schema.FunctionOut("", "")))
-            call.id, call.function.name = tool.id or call.id, tool.name or call.function.name
-            call.function.arguments += tool.arguments
-        if piece.finish_reason is not None:
-            self.finish_reason = piece.finish_reason
 
 
 @answers
@@ -58,18 +31,14 @@ async def create(request: Request) -> Response:
     call, headers = await server.read(request, schema.ChatRequest)
     job, thinking = await job_of(server, call, request_id(request, "chatcmpl-", call.request_id))
     headers |= {"X-Duomo-Thinking": f"{thinking.mode}; decided_by={thinking.decided_by}"}
+    dialect = Dialect(
+        lambda pieces: chunks(server, call, job, thinking, pieces),
+        lambda whole: completion_of(server, call, job, thinking, whole),
+    )
     pieces = server.run(backend, job)
-    if call.stream:
-        ready = await first_or_late(pieces, server.options.keep_alive_s)
-        events = chunks(server, call, job, thinking, ready)
-        options = server.options
-        return EventStream(
-            events, headers=headers, keep_alive_s=options.keep_alive_s, slow_client_s=options.slow_client_s
-        )
-    whole = await unless_gone(request, gather(pieces, job.params.n))
-    if whole is None:
-        raise Problem(499, "client_closed", "the client left before the answer")
-    return json_response(completion_of(server, call, job, thinking, *whole), headers)
+    return await respond(
+        request, server, pieces, dialect, is_stream=bool(call.stream), n=job.params.n, headers=headers
+    )
 
 
 async def job_of(server: Server, call: schema.ChatRequest, job_id: str) -> tuple[Job, Thinking]:
@@ -99,31 +68,6 @@ async def job_of(server: Server, call: schema.ChatRequest, job_id: str) -> tuple
     return job, thinking
 
 
-async def gather(pieces: AsyncIterator[Piece], n: int) -> tuple[list[Answer], Usage, str | None]:
-    """All choices whole, the usage of all of them, and the thinking mode in effect."""
-    choices = [Answer() for _ in range(n)]
-    usage, mode = Usage(), None
-    async for piece in pieces:
-        choices[piece.index].add(piece)
-        usage = added(usage, piece.usage)
-        mode = piece.thinking or mode
-    return choices, usage, mode
-
-
-def added(total: Usage, more: Usage | None) -> Usage:
-    """Usage over choices: the prompt counts once, what is made adds up."""
-    if more is None:
-        return total
-    return Usage(
-        more.prompt_tokens,
-        total.completion_tokens + more.completion_tokens,
-        total.reasoning_tokens + more.reasoning_tokens,
-        max(total.cached_tokens, more.cached_tokens),
-        more.image_tokens,
-        more.video_tokens,
-    )
-
-
 def usage_out(usage: Usage) -> schema.UsageOut:
     return schema.UsageOut(
         usage.prompt_tokens,
@@ -144,13 +88,11 @@ def completion_of(
     call: schema.ChatRequest,
     job: Job,
     thinking: Thinking,
-    choices: list[Answer],
-    usage: Usage,
-    mode: str | None,
+    whole: Whole,
 ) -> schema.ChatCompletion:
-    shown = call.include_reasoning is not False and not (call.reasoning and call.reasoning.exclude)
+    shown = _shows_reasoning(call)
     out = []
-    for index, answer in enumerate(choices):
+    for index, answer in enumerate(whole.choices):
         reasoning = answer.reasoning if shown and answer.reasoning else None
         message = schema.ChatAnswer(
             "assistant", answer.text or (None if answer.tools else ""), reasoning, reasoning
@@ -164,45 +106,46 @@ def completion_of(
         out.append(choice)
     name = call.model or server.model_name
     return schema.ChatCompletion(
-        job.id, int(time.time()), name, out, usage_out(usage), thinking_out(thinking, mode)
+        job.id, int(time.time()), name, out, usage_out(whole.usage), thinking_out(thinking, whole.mode)
     )
+
+
+def _shows_reasoning(call: schema.ChatRequest) -> bool:
+    return call.include_reasoning is not False and not (call.reasoning and call.reasoning.exclude)
 
 
 async def chunks(
     server: Server, call: schema.ChatRequest, job: Job, thinking: Thinking, pieces: AsyncIterator[Piece]
 ) -> AsyncIterator[bytes]:
-    """The events of a stream. Closing it closes the pieces, which cancels the job."""
+    """The events of a stream, without the end."""
     created, name = int(time.time()), call.model or server.model_name
-    shown = call.include_reasoning is not False and not (call.reasoning and call.reasoning.exclude)
+    shown = _shows_reasoning(call)
     wants = call.stream_options or schema.StreamOptions(include_usage=False)
-    usage, mode, opened = Usage(), None, set[int]()
-    made = 0
-    try:
-        async for piece in pieces:
-            usage, mode = added(usage, piece.usage), piece.thinking or mode
-            made += len(piece.token_ids)
-            choice = _chunk_choice(call, job, piece, shown)
-            chunk = schema.ChatChunk(job.id, created, name, [choice])
-            if wants.include_usage:
-                chunk.usage = (
-                    usage_out(Usage(usage.prompt_tokens, made)) if wants.continuous_usage_stats else None
-                )
-            if piece.index not in opened:
-                opened.add(piece.index)
-                opening = schema.ChunkChoice(piece.index, schema.Delta("assistant", ""))
-                yield event(schema.ChatChunk(job.id, created, name, [opening], chunk.usage))
-            if piece.finish_reason is not None:
-                chunk.thinking = thinking_out(thinking, mode)
-            if choice.delta != schema.Delta() or piece.finish_reason is not None or piece.token_ids:
-                yield event(chunk)
+    spent, mode, opened = Spent(), None, set[int]()
+    async for piece in pieces:
+        spent.add(piece)
+        mode = piece.thinking or mode
+        choice = _chunk_choice(call, job, piece, shown)
+        chunk = schema.ChatChunk(job.id, created, name, [choice])
         if wants.include_usage:
-            yield event(
-                schema.ChatChunk(job.id, created, name, [], usage_out(usage), thinking_out(thinking, mode))
-            )
-    finally:
-        close = getattr(pieces, "aclose", None)
-        if close is not None:
-            await close()
+            chunk.usage = usage_out(spent.total) if wants.continuous_usage_stats else None
+        told = b""
+        if piece.index not in opened:
+            opened.add(piece.index)
+            opening = schema.ChunkChoice(piece.index, schema.Delta("assistant", ""))
+            told = event(schema.ChatChunk(job.id, created, name, [opening], chunk.usage))
+        if piece.finish_reason is not None:
+            chunk.thinking = thinking_out(thinking, mode)
+        if choice.delta != _NOTHING or piece.finish_reason is not None or piece.token_ids:
+            told += event(chunk)
+        if told:  # two events in one packet: each costs a call of the system
+            yield told
+    if wants.include_usage:
+        end = usage_out(spent.total)
+        yield event(schema.ChatChunk(job.id, created, name, [], end, thinking_out(thinking, mode)))
+
+
+_NOTHING = schema.Delta()
 
 
 def _chunk_choice(call: schema.ChatRequest, job: Job, piece: Piece, shown: bool) -> schema.ChunkChoice:
@@ -225,11 +168,6 @@ def _chunk_choice(call: schema.ChatRequest, job: Job, piece: Piece, shown: bool)
     if call.return_token_ids:
         choice.token_ids = list(piece.token_ids)
     return choice
-
-
-def logprob_of(info: TokenInfo) -> schema.TokenLogprob:
-    top = [schema.TopLogprob(text, value, list(data)) for text, value, data in info.top]
-    return schema.TokenLogprob(info.text, info.logprob, list(info.data), top)
 
 
 @answers

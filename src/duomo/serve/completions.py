@@ -12,10 +12,11 @@ from starlette.responses import Response
 from duomo.engine.request import Usage
 from duomo.serve import convert, schema
 from duomo.serve.backend import Job, Piece, TokenInfo
-from duomo.serve.chat import Answer, added, gather, usage_out
-from duomo.serve.problems import Problem, invalid
+from duomo.serve.chat import usage_out
+from duomo.serve.problems import invalid
+from duomo.serve.respond import Dialect, Spent, Whole, gather, respond, stayed
 from duomo.serve.server import Server, answers, json_response, request_id, server_of
-from duomo.serve.stream import EventStream, event, first_or_late, unless_gone
+from duomo.serve.stream import event, unless_gone
 from duomo.serve.thinking import Thinking
 
 _OFF = Thinking("off", None, "completions")
@@ -28,27 +29,33 @@ async def create(request: Request) -> Response:
     backend = server.ready()
     call, headers = await server.read(request, schema.CompletionRequest)
     jobs = jobs_of(server, call, request_id(request, "cmpl-", call.request_id))
-    if call.stream:
-        if len(jobs) > 1:
-            raise invalid("a stream takes one prompt; send several requests", "prompt")
-        ready = await first_or_late(server.run(backend, jobs[0]), server.options.keep_alive_s)
-        return EventStream(
-            chunks(server, call, jobs[0], ready),
-            headers=headers,
-            keep_alive_s=server.options.keep_alive_s,
-            slow_client_s=server.options.slow_client_s,
+    if call.stream and len(jobs) > 1:
+        raise invalid("a stream takes one prompt; send several requests", "prompt")
+    if len(jobs) == 1:
+        job = jobs[0]
+        dialect = Dialect(
+            lambda pieces: chunks(server, call, job, pieces),
+            lambda whole: completion_of(server, call, jobs, [whole]),
+        )
+        pieces = server.run(backend, job)
+        return await respond(
+            request, server, pieces, dialect, is_stream=bool(call.stream), n=call.n or 1, headers=headers
         )
     entered = [server.run(backend, job) for job in jobs]
-    whole = await unless_gone(request, _all(entered, call.n or 1))
-    if whole is None:
-        raise Problem(499, "client_closed", "the client left before the answer")
-    usage = Usage()
+    wholes = stayed(await unless_gone(request, _all(entered, call.n or 1)))
+    return json_response(completion_of(server, call, jobs, wholes), headers)
+
+
+async def _all(entered: list[AsyncIterator[Piece]], n: int) -> list[Whole]:
+    return list(await asyncio.gather(*(gather(pieces, n) for pieces in entered)))
+
+
+def completion_of(
+    server: Server, call: schema.CompletionRequest, jobs: list[Job], wholes: list[Whole]
+) -> schema.TextCompletion:
     choices: list[schema.TextChoice] = []
-    for job, (texts, used, _) in zip(jobs, whole, strict=True):
-        prompt_tokens = usage.prompt_tokens
-        usage = added(usage, used)
-        usage = Usage(prompt_tokens + used.prompt_tokens, usage.completion_tokens, 0, used.cached_tokens)
-        for answer in texts:
+    for job, whole in zip(jobs, wholes, strict=True):
+        for answer in whole.choices:
             text = (job.prompt if call.echo and isinstance(job.prompt, str) else "") + answer.text
             choice = schema.TextChoice(len(choices), text, answer.finish_reason)
             if call.return_token_ids:
@@ -56,14 +63,13 @@ async def create(request: Request) -> Response:
             if call.logprobs is not None:
                 choice.logprobs = _logprobs([_info(entry) for entry in answer.logprobs])
             choices.append(choice)
-    name = call.model or server.model_name
-    return json_response(
-        schema.TextCompletion(jobs[0].id, int(time.time()), name, choices, usage_out(usage)), headers
+    usage = Usage(
+        sum(whole.usage.prompt_tokens for whole in wholes),
+        sum(whole.usage.completion_tokens for whole in wholes),
+        cached_tokens=sum(whole.usage.cached_tokens for whole in wholes),
     )
-
-
-async def _all(entered: list[AsyncIterator[Piece]], n: int) -> list[tuple[list[Answer], Usage, str | None]]:
-    return list(await asyncio.gather(*(gather(pieces, n) for pieces in entered)))
+    name = call.model or server.model_name
+    return schema.TextCompletion(jobs[0].id, int(time.time()), name, choices, usage_out(usage))
 
 
 def jobs_of(server: Server, call: schema.CompletionRequest, job_id: str) -> list[Job]:
@@ -95,27 +101,25 @@ def prompts_of(prompt: str | list[str | int | list[int]]) -> list[str | tuple[in
 async def chunks(
     server: Server, call: schema.CompletionRequest, job: Job, pieces: AsyncIterator[Piece]
 ) -> AsyncIterator[bytes]:
-    created, name, usage = int(time.time()), call.model or server.model_name, Usage()
+    created, name, spent = int(time.time()), call.model or server.model_name, Spent()
     wants = call.stream_options or schema.StreamOptions(include_usage=False)
-    try:
-        if call.echo and isinstance(job.prompt, str):
-            echo = schema.TextChoice(0, job.prompt, None)
+    if call.echo and isinstance(job.prompt, str):
+        for index in range(call.n or 1):
+            echo = schema.TextChoice(index, job.prompt, None)
             yield event(schema.TextCompletion(job.id, created, name, [echo]))
-        async for piece in pieces:
-            usage = added(usage, piece.usage)
-            choice = schema.TextChoice(piece.index, piece.text, piece.finish_reason)
-            if call.logprobs is not None and piece.logprobs:
-                choice.logprobs = _logprobs(piece.logprobs)
-            chunk = schema.TextCompletion(job.id, created, name, [choice])
-            if wants.include_usage:
-                chunk.usage = None
-            yield event(chunk)
+    async for piece in pieces:
+        spent.add(piece)
+        choice = schema.TextChoice(piece.index, piece.text, piece.finish_reason)
+        if call.logprobs is not None and piece.logprobs:
+            choice.logprobs = _logprobs(piece.logprobs)
+        if call.return_token_ids:
+            choice.token_ids = list(piece.token_ids)
+        chunk = schema.TextCompletion(job.id, created, name, [choice])
         if wants.include_usage:
-            yield event(schema.TextCompletion(job.id, created, name, [], usage_out(usage)))
-    finally:
-        close = getattr(pieces, "aclose", None)
-        if close is not None:
-            await close()
+            chunk.usage = usage_out(spent.total) if wants.continuous_usage_stats else None
+        yield event(chunk)
+    if wants.include_usage:
+        yield event(schema.TextCompletion(job.id, created, name, [], usage_out(spent.total)))
 
 
 def _info(entry: schema.TokenLogprob) -> TokenInfo:

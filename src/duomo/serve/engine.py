@@ -16,6 +16,7 @@ from typing import Any
 from duomo.engine.request import Constraint, Delta, TokenLogprob
 from duomo.errors import PromptError
 from duomo.llm import LLM, Question
+from duomo.processing.decoding import DecodeLimits, Decoders
 from duomo.processing.messages import Message
 from duomo.serve.backend import Backend, Count, Job, ModelFacts, Piece, TokenInfo, ToolPiece
 from duomo.serve.options import Options
@@ -37,15 +38,24 @@ async def open_backend(options: Options) -> Backend:
         "has_prefix_cache": options.enable_prefix_caching,
         "kv_bytes": options.kv_mb << 20,
         "num_drafts": options.num_drafts,
+        "parser": options.reasoning_parser,
+        "own_process": options.engine_process,
     }
-    return Model(await asyncio.to_thread(partial(LLM.open, options.model, **asked)))
+    limits = DecodeLimits(options.media_memory_mb << 20, options.media_decode_s, 2.0 * options.media_decode_s)
+    decoders = Decoders(options.media_workers, limits)
+    try:
+        llm = await asyncio.to_thread(partial(LLM.open, options.model, load=decoders.load, **asked))
+    except BaseException:
+        decoders.close()
+        raise
+    return Model(llm, decoders)
 
 
 class Model:
-    """A backend over an open LLM; closing it closes the LLM."""
+    """A backend over an open LLM; closing it closes the LLM, and the workers that decode for it."""
 
-    def __init__(self, llm: LLM) -> None:
-        self.llm = llm
+    def __init__(self, llm: LLM, decoders: Decoders | None = None) -> None:
+        self.llm, self._decoders = llm, decoders
         self._running: set[str] = set()
         modalities = ("text", "image", "video") if llm.has_vision else ("text",)
         stats = llm.stats()
@@ -125,6 +135,8 @@ class Model:
 
     async def close(self) -> None:
         await asyncio.to_thread(self.llm.close)
+        if self._decoders is not None:
+            await asyncio.to_thread(self._decoders.close)
 
     def _params(self, job: Job) -> Any:
         if not job.tools or job.tool_choice in ("auto", "none"):
@@ -139,7 +151,7 @@ class Model:
             and (call.name or call.arguments or call.is_broken)
         )
         mode = None
-        if delta.usage is not None:
+        if delta.finish_reason is not None and delta.usage is not None:
             mode = (
                 "on" if delta.usage.reasoning_tokens else ("off" if job.params.thinking == "auto" else None)
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Literal
 
 import msgspec
@@ -13,7 +14,7 @@ from duomo import __version__
 from duomo.serve import schema
 from duomo.serve.limits import check_caller
 from duomo.serve.problems import Problem
-from duomo.serve.server import answers, json_response, server_of
+from duomo.serve.server import Server, answers, json_response, server_of
 
 
 async def health(request: Request) -> Response:
@@ -42,15 +43,21 @@ async def metrics(request: Request) -> Response:
             server.keys.check(request.headers)
     except Problem as problem:
         return problem.response()
-    now = dict(server.backend.gauges()) if server.backend else {}
+    now = await _gauges(server)
     return Response(server.metrics.exposition(now), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+async def _gauges(server: Server) -> dict[str, float]:
+    """Asked off the event loop: an engine in its own process answers when it gets to it."""
+    backend = server.backend
+    return dict(await asyncio.to_thread(backend.gauges)) if backend else {}
 
 
 @answers
 async def load(request: Request) -> Response:
     """What runs and waits at this moment."""
     server = server_of(request)
-    now = dict(server.backend.gauges()) if server.backend else {}
+    now = await _gauges(server)
     return json_response({"server_load": server.gate.inside, **now})
 
 

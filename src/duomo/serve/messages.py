@@ -18,10 +18,11 @@ from starlette.responses import Response
 from duomo.engine.request import Usage
 from duomo.serve import schema
 from duomo.serve.backend import Job, Piece
-from duomo.serve.chat import added, gather, job_of
-from duomo.serve.problems import Problem, problem_of
+from duomo.serve.chat import job_of
+from duomo.serve.problems import problem_of
+from duomo.serve.respond import Dialect, Spent, Whole, respond
 from duomo.serve.server import answers, json_response, request_id, server_of
-from duomo.serve.stream import EventStream, event, first_or_late, unless_gone
+from duomo.serve.stream import event
 
 
 class TextBlock(Struct, tag="text", tag_field="type"):
@@ -189,23 +190,16 @@ async def create(request: Request) -> Response:
     call, headers = await server.read(request, MessagesRequest)
     server.check_model(call.model)
     job, _ = await job_of(server, chat_of(call), request_id(request, "msg_"))
-    pieces = server.run(backend, job)
     name = call.model or server.model_name
-    if call.stream:
-        ready = await first_or_late(pieces, server.options.keep_alive_s)
-        return EventStream(
-            events(job, name, ready),
-            headers=headers,
-            keep_alive_s=server.options.keep_alive_s,
-            slow_client_s=server.options.slow_client_s,
-            end=b"",
-            fail=_failed,
-        )
-    whole = await unless_gone(request, gather(pieces, 1))
-    if whole is None:
-        raise Problem(499, "client_closed", "the client left before the answer")
-    choices, usage, _ = whole
-    answer = choices[0]
+    dialect = Dialect(
+        lambda pieces: events(job, name, pieces), lambda whole: answer_of(job, name, whole), b"", _failed
+    )
+    pieces = server.run(backend, job)
+    return await respond(request, server, pieces, dialect, is_stream=bool(call.stream), n=1, headers=headers)
+
+
+def answer_of(job: Job, name: str, whole: Whole) -> MessagesAnswer:
+    answer = whole.choices[0]
     content: list[TextBlock | ThinkingBlock | ToolUseBlock] = []
     if answer.reasoning:
         content.append(ThinkingBlock(answer.reasoning))
@@ -214,7 +208,7 @@ async def create(request: Request) -> Response:
     for tool in answer.tools.values():
         content.append(ToolUseBlock(tool.id, tool.function.name, json.loads(tool.function.arguments or "{}")))
     reason = _REASONS.get(answer.finish_reason, "end_turn")
-    return json_response(MessagesAnswer(job.id, name, content, reason, _usage(usage)), headers)
+    return MessagesAnswer(job.id, name, content, reason, _usage(whole.usage))
 
 
 @answers
@@ -230,31 +224,28 @@ async def count(request: Request) -> Response:
 
 async def events(job: Job, name: str, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
     """message_start, then blocks each opened and closed, message_delta, message_stop."""
-    opened = ""
-    index, usage, reason = -1, Usage(), "end_turn"
-    start = MessagesAnswer(job.id, name, [], None, MessagesUsage(0, 0))
-    yield event({"type": "message_start", "message": start}, "message_start")
-    try:
-        async for piece in pieces:
-            usage = added(usage, piece.usage)
-            if piece.finish_reason is not None:
-                reason = _REASONS.get(piece.finish_reason, "end_turn")
-            for kind, block, delta in _blocks(piece):
-                if kind != opened:
-                    if opened:
-                        yield _event("content_block_stop", index=index)
-                    opened, index = kind, index + 1
-                    yield _event("content_block_start", index=index, content_block=block)
-                yield _event("content_block_delta", index=index, delta=delta)
-        if opened:
-            yield _event("content_block_stop", index=index)
-        ended = {"stop_reason": reason, "stop_sequence": None}
-        yield _event("message_delta", delta=ended, usage=msgspec.to_builtins(_usage(usage)))
-        yield _event("message_stop")
-    finally:
-        close = getattr(pieces, "aclose", None)
-        if close is not None:
-            await close()
+    opened, index, reason, spent = "", -1, "end_turn", Spent()
+    is_begun = False
+    async for piece in pieces:
+        spent.add(piece)
+        if not is_begun:
+            is_begun = True
+            start = MessagesAnswer(job.id, name, [], None, _usage(spent.total))
+            yield event({"type": "message_start", "message": start}, "message_start")
+        if piece.finish_reason is not None:
+            reason = _REASONS.get(piece.finish_reason, "end_turn")
+        for kind, block, delta in _blocks(piece):
+            if kind != opened:
+                if opened:
+                    yield _event("content_block_stop", index=index)
+                opened, index = kind, index + 1
+                yield _event("content_block_start", index=index, content_block=block)
+            yield _event("content_block_delta", index=index, delta=delta)
+    if opened:
+        yield _event("content_block_stop", index=index)
+    ended = {"stop_reason": reason, "stop_sequence": None}
+    yield _event("message_delta", delta=ended, usage=msgspec.to_builtins(_usage(spent.total)))
+    yield _event("message_stop")
 
 
 def _blocks(piece: Piece) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:

@@ -60,30 +60,33 @@ class Metrics:
     def exposition(self, now: Mapping[str, float]) -> bytes:
         """The text of /metrics, with the backend's numbers of this moment."""
         for key, gauge in self._gauges.items():
-            gauge.labels(self._model).set(now.get(key, 0.0))
+            gauge.set(now.get(key, 0.0))
         for key, counter in self._engine.items():
             grown = now.get(key, 0.0) - self._engine_seen.get(key, 0.0)
-            counter.labels(self._model).inc(max(0.0, grown))
+            counter.inc(max(0.0, grown))
             self._engine_seen[key] = now.get(key, 0.0)
         return generate_latest(self.registry)
 
-    def count(self, counter: Counter, amount: float = 1.0, *labels: str) -> None:
-        counter.labels(self._model, *labels).inc(amount)
+    def count(self, counter: Counter, *labels: str) -> None:
+        """One more in a counter that has labels of its own."""
+        counter.labels(self._model, *labels).inc()
 
     def watch(self) -> Watch:
         return Watch(self)
 
-    def observe(self, histogram: Histogram, value: float) -> None:
-        histogram.labels(self._model).observe(value)
+    # A series without labels of its own is bound to the model's name once: looking that up costs more
+    # than counting.
 
     def _gauge(self, name: str, meaning: str) -> Gauge:
-        return Gauge(name, meaning, ["model_name"], registry=self.registry)
+        return Gauge(name, meaning, ["model_name"], registry=self.registry).labels(self._model)
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
-        return Counter(name, meaning, ["model_name", *labels], registry=self.registry)
+        counter = Counter(name, meaning, ["model_name", *labels], registry=self.registry)
+        return counter if labels else counter.labels(self._model)
 
     def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, meaning, ["model_name"], registry=self.registry, buckets=buckets)
+        found = Histogram(name, meaning, ["model_name"], registry=self.registry, buckets=buckets)
+        return found.labels(self._model)
 
 
 class Watch:
@@ -96,9 +99,9 @@ class Watch:
     def token(self) -> None:
         now = time.perf_counter()
         if self._last:
-            self._metrics.observe(self._metrics.between, now - self._last)
+            self._metrics.between.observe(now - self._last)
         else:
-            self._metrics.observe(self._metrics.first_token, now - self._start)
+            self._metrics.first_token.observe(now - self._start)
         self._last = now
 
     def usage(self, usage: Usage) -> None:
@@ -111,15 +114,15 @@ class Watch:
             (m.video_tokens, usage.video_tokens),
             (m.thinking_tokens, usage.reasoning_tokens),
         ):
-            m.count(counter, amount)
-        m.observe(m.prompt_size, usage.prompt_tokens)
-        m.observe(m.answer_size, usage.completion_tokens)
+            counter.inc(amount)
+        m.prompt_size.observe(usage.prompt_tokens)
+        m.answer_size.observe(usage.completion_tokens)
 
     def close(self) -> None:
         """Counts the request once: finished for the first choice's reason, or cancelled without one."""
         m = self._metrics
-        m.observe(m.whole, time.perf_counter() - self._start)
+        m.whole.observe(time.perf_counter() - self._start)
         if self.reasons:
-            m.count(m.success, 1, self.reasons[0])
+            m.count(m.success, self.reasons[0])
         else:
-            m.count(m.cancelled)
+            m.cancelled.inc()

@@ -51,15 +51,17 @@ class Options:
     seed: int | None = flag(None, "Seed of requests that give none.", low=0)
     engine: str = flag(
         "model",
-        "Who answers: the model, or fixed text (scripted) to try clients with.",
-        choices=("model", "scripted"),
+        "Who answers: the model, fixed text (scripted) to try clients with, or the time (clock) to measure "
+        "the server.",
+        choices=("model", "scripted", "clock"),
     )
+    engine_process: bool = flag(True, "Run the engine in a process of its own, so that its end is not ours.")
     num_drafts: int = flag(0, "Tokens guessed ahead from the text so far; never changes the output.", low=0)
-    scripted_delay_s: float = flag(0.0, "Seconds before each token of --engine scripted.", low=0)
+    scripted_delay_s: float = flag(0.0, "Seconds before each token of --engine scripted and clock.", low=0)
     # Thinking and tools
     reasoning_parser: str | None = flag(
         None,
-        "Accepted: in every dialect the token </think> tells thinking from the answer.",
+        "How thinking, answer and calls are told apart; from the checkpoint without it.",
         choices=REASONING_PARSERS,
     )
     tool_call_parser: str | None = flag(
@@ -79,12 +81,16 @@ class Options:
     allowed_local_media_path: str | None = flag(None, "Folder that file: addresses may name files in.")
     allow_private_media: bool = flag(False, "Fetch media from private and loopback addresses too.")
     media_timeout_s: float = flag(10.0, "Seconds to fetch one picture or video.", low=0.1)
+    media_workers: int = flag(2, "Processes that decode pictures and videos.", low=1, high=64)
+    media_memory_mb: int = flag(2048, "Megabytes that decoding one file may take.", low=16)
+    media_decode_s: int = flag(60, "Seconds of computing that decoding one file may take.", low=1)
     media_max_mb: float = flag(32.0, "Megabytes of one encoded picture or video.", low=0.01)
     # HTTP
     host: str = flag("127.0.0.1", "Address to listen on.")
     port: int = flag(8180, "Port to listen on; 0 takes a free one.", low=0, high=65535)
     max_concurrency: int = flag(256, "Requests running or waiting; one more gets 429.", low=1)
     max_body_mb: float = flag(64.0, "Megabytes of one request body.", low=0.001)
+    request_timeout_s: float = flag(60.0, "Seconds a request may take to arrive, head and body.", low=0.05)
     keep_alive_s: float = flag(10.0, "Seconds of silence before a stream gets a comment.", low=0.01)
     slow_client_s: float = flag(60.0, "Seconds a reader may stand still before it is dropped.", low=0.1)
     cors_origin: tuple[str, ...] = flag((), "Origin that browsers may call from; repeatable.", kind="list")

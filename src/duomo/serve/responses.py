@@ -18,10 +18,11 @@ from starlette.responses import Response
 from duomo.engine.request import Usage
 from duomo.serve import schema
 from duomo.serve.backend import Job, Piece
-from duomo.serve.chat import Answer, added, gather, job_of
-from duomo.serve.problems import Problem, invalid, problem_of
-from duomo.serve.server import answers, json_response, request_id, server_of
-from duomo.serve.stream import EventStream, event, first_or_late, unless_gone
+from duomo.serve.chat import job_of
+from duomo.serve.problems import invalid, problem_of
+from duomo.serve.respond import Answer, Dialect, Spent, respond
+from duomo.serve.server import answers, request_id, server_of
+from duomo.serve.stream import event
 
 
 class InputText(Struct, tag="input_text", tag_field="type"):
@@ -204,21 +205,14 @@ async def create(request: Request) -> Response:
     server.check_model(call.model)
     job, _ = await job_of(server, chat_of(call), request_id(request, "resp_"))
     call.model = call.model or server.model_name
+    dialect = Dialect(
+        lambda pieces: events(call, job, pieces),
+        lambda whole: response_of(call, job, whole.choices[0], whole.usage),
+        b"",
+        _failed,
+    )
     pieces = server.run(backend, job)
-    if call.stream:
-        ready = await first_or_late(pieces, server.options.keep_alive_s)
-        return EventStream(
-            events(call, job, ready),
-            headers=headers,
-            keep_alive_s=server.options.keep_alive_s,
-            slow_client_s=server.options.slow_client_s,
-            end=b"",
-            fail=_failed,
-        )
-    whole = await unless_gone(request, gather(pieces, 1))
-    if whole is None:
-        raise Problem(499, "client_closed", "the client left before the answer")
-    return json_response(response_of(call, job, whole[0][0], whole[1]), headers)
+    return await respond(request, server, pieces, dialect, is_stream=bool(call.stream), n=1, headers=headers)
 
 
 def response_of(call: ResponsesRequest, job: Job, answer: Answer | None, usage: Usage) -> ResponseOut:
@@ -293,46 +287,41 @@ def _text(text: str) -> schema.Object:
 async def events(call: ResponsesRequest, job: Job, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
     """Named, numbered events; items open as their first delta comes and close in order at the end."""
     number = -1
-    answer, usage, opened = Answer(), Usage(), list[str]()
+    answer, spent, opened = Answer(), Spent(), list[str]()
 
     def told(name: str, **fields: Any) -> bytes:
         nonlocal number
         number += 1
         return event({"type": name, "sequence_number": number, **fields}, name)
 
-    try:
-        begun = response_of(call, job, None, usage)
-        yield told("response.created", response=begun)
-        yield told("response.in_progress", response=begun)
-        async for piece in pieces:
-            usage = added(usage, piece.usage)
-            answer.add(piece)
-            if piece.reasoning:
-                if "rs" not in opened:
-                    opened.append("rs")
-                    item = {"id": f"rs_{job.id}", "type": "reasoning", "summary": []}
-                    yield told("response.output_item.added", output_index=len(opened) - 1, item=item)
-                where = {"item_id": f"rs_{job.id}", "output_index": opened.index("rs"), "content_index": 0}
-                yield told("response.reasoning_text.delta", **where, delta=piece.reasoning)
-            if piece.text:
-                where = {"item_id": f"msg_{job.id}", "content_index": 0}
-                if "msg" not in opened:
-                    opened.append("msg")
-                    item = _message(job, "in_progress", [])
-                    yield told("response.output_item.added", output_index=len(opened) - 1, item=item)
-                    at = {**where, "output_index": opened.index("msg")}
-                    yield told("response.content_part.added", **at, part=_text(""))
+    begun = response_of(call, job, None, Usage())
+    yield told("response.created", response=begun)
+    yield told("response.in_progress", response=begun)
+    async for piece in pieces:
+        spent.add(piece)
+        answer.add(piece)
+        if piece.reasoning:
+            if "rs" not in opened:
+                opened.append("rs")
+                item = {"id": f"rs_{job.id}", "type": "reasoning", "summary": []}
+                yield told("response.output_item.added", output_index=len(opened) - 1, item=item)
+            where = {"item_id": f"rs_{job.id}", "output_index": opened.index("rs"), "content_index": 0}
+            yield told("response.reasoning_text.delta", **where, delta=piece.reasoning)
+        if piece.text:
+            where = {"item_id": f"msg_{job.id}", "content_index": 0}
+            if "msg" not in opened:
+                opened.append("msg")
+                item = _message(job, "in_progress", [])
+                yield told("response.output_item.added", output_index=len(opened) - 1, item=item)
                 at = {**where, "output_index": opened.index("msg")}
-                yield told("response.output_text.delta", **at, delta=piece.text, logprobs=[])
-        response = response_of(call, job, answer, usage)
-        for index, item in enumerate(response.output):
-            for closing in _closing(item, index, index >= len(opened)):
-                yield told(closing.pop("name"), **closing)
-        yield told(f"response.{response.status}", response=response)
-    finally:
-        close = getattr(pieces, "aclose", None)
-        if close is not None:
-            await close()
+                yield told("response.content_part.added", **at, part=_text(""))
+            at = {**where, "output_index": opened.index("msg")}
+            yield told("response.output_text.delta", **at, delta=piece.text, logprobs=[])
+    response = response_of(call, job, answer, spent.total)
+    for index, item in enumerate(response.output):
+        for closing in _closing(item, index, index >= len(opened)):
+            yield told(closing.pop("name"), **closing)
+    yield told(f"response.{response.status}", response=response)
 
 
 def _closing(item: schema.Object, index: int, is_new: bool) -> list[schema.Object]:

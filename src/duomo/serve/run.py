@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import uvicorn
@@ -20,11 +21,14 @@ from duomo.errors import Error
 from duomo.serve import logs
 from duomo.serve.app import create_app
 from duomo.serve.backend import Backend
+from duomo.serve.clock import Clock
+from duomo.serve.http import http_config
 from duomo.serve.options import Options, parse
 from duomo.serve.scripted import Scripted
 from duomo.serve.server import Server
 
 log = logging.getLogger("duomo.serve")
+_NUM_THREADS = 64  # they wait, for decoders and for the engine; none computes
 Load = Callable[[Options], Awaitable[Backend]]
 
 
@@ -33,7 +37,7 @@ def serve(argv: Sequence[str]) -> int:
     options = parse(argv)
     for note in options.notes:
         print(f"duomo: {note}", file=sys.stderr)
-    if options.engine != "scripted" and options.model:
+    if options.engine == "model" and options.model:
         from duomo.checkpoints import load_config  # torch comes with it
 
         load_config(options.model)  # a wrong folder is told at once, before the port is open
@@ -43,6 +47,8 @@ def serve(argv: Sequence[str]) -> int:
 async def load_backend(options: Options) -> Backend:
     if options.engine == "scripted":
         return Scripted(delay_s=options.scripted_delay_s, max_model_len=options.max_model_len or 4096)
+    if options.engine == "clock":
+        return Clock(options.scripted_delay_s or 0.02, options.max_model_len or 4096)
     from duomo.serve.engine import open_backend  # torch comes with it
 
     return await open_backend(options)
@@ -53,19 +59,8 @@ async def run(options: Options, load: Load) -> int:
     logs.set_up(options.log_level)
     app = create_app(None, options)
     server: Server = app.state.server
-    config = uvicorn.Config(
-        app,
-        host=options.host,
-        port=options.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        h11_max_incomplete_event_size=64 << 10,
-        timeout_graceful_shutdown=2,
-        timeout_keep_alive=30,
-        lifespan="off",
-    )
-    http = _Http(config, server)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_NUM_THREADS, "duomo-wait"))
+    http = _Http(http_config(app, options), server)
     loading = asyncio.create_task(_load(server, load, http))
     try:
         await http.serve()

@@ -105,14 +105,20 @@ class Scripted:
 
     async def _choice(self, job: Job, index: int, limit: int, count: Count) -> AsyncIterator[Piece]:
         spent = reasoned = 0
+
+        def so_far() -> Usage:
+            return Usage(count.prompt_tokens, spent, reasoned, 0, count.image_tokens, count.video_tokens)
+
         if job.params.thinking != "off" and job.prompt is None:
             budget = job.params.thinking_budget
             for token in _tokens(self.thoughts):
-                if spent >= limit or self._hurried[job.id] or (budget is not None and reasoned >= budget):
+                if spent >= limit or (budget is not None and reasoned >= budget):
+                    break
+                if self._hurried[job.id] or job.id in self._cancelled:
                     break
                 await self._tick()
                 spent, reasoned = spent + 1, reasoned + 1
-                yield Piece(index, reasoning=token, token_ids=(spent,))
+                yield Piece(index, reasoning=token, token_ids=(spent,), usage=so_far())
         script = self._call(job) if _must_call(job) else [Piece(index, text=t) for t in self._cut(job)]
         finish = "tool_calls" if _must_call(job) else "stop"
         for piece in script:
@@ -125,17 +131,9 @@ class Scripted:
                 TokenInfo(piece.text, -0.5, piece.text.encode(), ((piece.text, -0.5, piece.text.encode()),)),
             )
             wanted = job.params.logprobs is not None and piece.text
-            yield Piece(index, piece.text, "", piece.tools, (spent,), info if wanted else ())
-        usage = Usage(
-            count.prompt_tokens,
-            spent,
-            reasoned,
-            0,
-            image_tokens=count.image_tokens,
-            video_tokens=count.video_tokens,
-        )
+            yield Piece(index, piece.text, "", piece.tools, (spent,), info if wanted else (), usage=so_far())
         mode = "off" if not reasoned else "on"
-        yield Piece(index, finish_reason=finish, usage=usage, thinking=mode)  # type: ignore[arg-type]
+        yield Piece(index, finish_reason=finish, usage=so_far(), thinking=mode)  # type: ignore[arg-type]
 
     def _call(self, job: Job) -> list[Piece]:
         named = [tool for tool in job.tools if tool.name == job.tool_choice] or list(job.tools[:1])

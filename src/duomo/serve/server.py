@@ -7,17 +7,19 @@ model name), decoded, let through the gate and then run; `answers` turns whateve
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
 import logging
+import os
 import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from duomo.errors import Aborted
@@ -161,11 +163,13 @@ def answers(endpoint: Endpoint) -> Endpoint:
             check_caller(request.headers, server.options)
             server.keys.check(request.headers)
             return await endpoint(request)
+        except ClientDisconnect:
+            return Problem(499, "client_closed", "the client left before its request was whole").response()
         except Exception as error:
             problem = problem_of(error)
             if problem.code == "internal_error":
                 log.error("unforeseen failure", exc_info=error)
-            server.metrics.count(server.metrics.errors, 1, problem.code)
+            server.metrics.count(server.metrics.errors, problem.code)
             return problem.response()
 
     return answered
@@ -177,8 +181,16 @@ _ID = re.compile(r"[A-Za-z0-9._\-]{1,64}")
 def request_id(request: Request, prefix: str = "", asked: str | None = None) -> str:
     """The client's own id where it is plain text, otherwise a new one; nothing that breaks a log line."""
     given = asked or request.headers.get("x-request-id", "")
-    plain = given if _ID.fullmatch(given) else uuid.uuid4().hex
+    plain = given if given and _ID.fullmatch(given) else _new_id()
     return plain if plain.startswith(prefix) else prefix + plain
+
+
+_SECRET, _numbers = os.urandom(32), itertools.count()
+
+
+def _new_id() -> str:
+    """Unique, not to be guessed, and without asking the system for randomness each time."""
+    return hashlib.blake2b(next(_numbers).to_bytes(8, "big"), key=_SECRET, digest_size=16).hexdigest()
 
 
 def json_response(value: object, headers: dict[str, str] | None = None, status: int = 200) -> Response:

@@ -39,11 +39,12 @@ def error_event(error: BaseException) -> bytes:
 
 
 class EventStream(Response):
-    """Sends what `events` yields as it comes. `on_end` hears why it ended: done, gone, slow or failed."""
+    """Sends what `events` yields as it comes. `source` feeds them; closing it at the end cancels the work."""
 
     def __init__(
         self,
         events: AsyncIterator[bytes],
+        source: AsyncIterator[Any],
         *,
         headers: dict[str, str],
         keep_alive_s: float,
@@ -54,7 +55,7 @@ class EventStream(Response):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
-        self._events, self._end, self._fail = events, end, fail
+        self._events, self._source, self._end, self._fail = events, source, end, fail
         self._keep_alive_s, self._slow_client_s = keep_alive_s, slow_client_s
         self._sending_since: float | None = None
         self._last = time.monotonic()
@@ -89,9 +90,8 @@ class EventStream(Response):
                 await self._send(send, self._fail(error))
             await self._send(send, self._end, more=False)
         finally:
-            close = getattr(self._events, "aclose", None)
-            if close is not None:
-                await close()
+            await closed(self._events)
+            await closed(self._source)
 
     async def _watch(self, send: Send) -> None:
         """Comments on a silent stream; returns, which ends it, when the reader stands still too long."""
@@ -165,6 +165,11 @@ async def _chained(first: asyncio.Task[T], items: AsyncIterator[T]) -> AsyncIter
         first.cancel()
         with suppress(BaseException):
             await first
-        close = getattr(items, "aclose", None)
-        if close is not None:
-            await close()
+        await closed(items)
+
+
+async def closed(items: AsyncIterator[Any]) -> None:
+    """Closes a generator, which runs its `finally`; other iterators have nothing to close."""
+    close = getattr(items, "aclose", None)
+    if close is not None:
+        await close()
