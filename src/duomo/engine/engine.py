@@ -16,7 +16,15 @@ from dataclasses import dataclass, field
 
 from duomo.engine.answer import Answer
 from duomo.engine.pages import PagePool
-from duomo.engine.request import FinishReason, Output, Request, TokenLogprob
+from duomo.engine.request import (
+    ExpertTrace,
+    FinishReason,
+    Output,
+    Request,
+    TokenLogprob,
+    cut_trace,
+    join_traces,
+)
 from duomo.engine.runner import Floats, Runner
 from duomo.engine.sampler import token_logprob
 from duomo.engine.scheduler import Scheduler, Sequence, Work, refuse
@@ -35,6 +43,7 @@ class _Open:
     sink: Sink
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     num_scored: int = 1
+    traces: list[ExpertTrace] = field(default_factory=list)  # not yet reported
 
 
 @dataclass(slots=True)
@@ -167,7 +176,7 @@ class Engine:
         logits = self.runner.execute(step, starts)
         computed = time.perf_counter()
         for work, first, rows in zip(step.works, starts, logits, strict=True):
-            self._take(work, first, rows)
+            self._take(work, first, rows, step.traces.get(work.sequence.request.request_id))
         self.counters.num_steps += 1
         self.counters.model_s += computed - scheduled
         self.counters.scheduling_s += scheduled - begun + time.perf_counter() - computed
@@ -223,10 +232,12 @@ class Engine:
             return 0
         return work.count - 1 - len(work.drafts) if work.reaches_end else work.count
 
-    def _take(self, work: Work, first: int, rows: Floats) -> None:
+    def _take(self, work: Work, first: int, rows: Floats, trace: ExpertTrace | None) -> None:
         entry = self._open[work.sequence.request.request_id]
         self._score_prompt(entry, work, rows)
         if not work.reaches_end:
+            if trace is not None:
+                entry.traces.append(trace)
             self.scheduler.advance(work, work.count)
             return
         sequence, answer = work.sequence, entry.answer
@@ -238,6 +249,8 @@ class Engine:
             if answer.finish_reason or index == len(work.drafts) or token != work.drafts[index]:
                 break
             kept += 1
+        if trace is not None:
+            entry.traces.append(cut_trace(trace, kept))
         self.counters.drafted_tokens += len(work.drafts)
         self.counters.accepted_drafts += kept - work.count + len(work.drafts)
         self.scheduler.advance(work, kept)
@@ -267,6 +280,7 @@ class Engine:
         pending = entry.answer.take_pending()
         is_scored = entry.sequence.request.params.prompt_logprobs is not None
         prompt_logprobs, entry.prompt_logprobs = entry.prompt_logprobs if is_scored else [], []
+        traces, entry.traces = entry.traces, []
         return Output(
             request_id=entry.sequence.request.request_id,
             token_ids=tuple(pending.token_ids),
@@ -274,6 +288,7 @@ class Engine:
             prompt_logprobs=tuple(prompt_logprobs),
             num_reasoning=entry.answer.num_reasoning,
             num_cached=entry.sequence.num_cached,
+            experts=join_traces(traces),
             finish_reason=reason,
             cause=cause,
         )

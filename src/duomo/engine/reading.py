@@ -14,6 +14,7 @@ from duomo.engine.request import (
     SamplingParams,
     ThinkingMode,
     Usage,
+    join_traces,
 )
 from duomo.engine.text import AnswerText
 from duomo.errors import EngineError
@@ -72,6 +73,7 @@ class Reader:
             finish_reason=reason,
             usage=self._usage(output),
             thinking=None if reason is None else self._asked.thinking,
+            experts=output.experts,
         )
 
     def _usage(self, output: Output) -> Usage:
@@ -99,4 +101,5 @@ def whole(deltas: list[Delta], params: SamplingParams, is_thinking: bool) -> Com
         token_ids=tuple(token for delta in deltas for token in delta.token_ids),
         logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
         prompt_logprobs=tuple(entry for delta in deltas for entry in delta.prompt_logprobs),
+        experts=join_traces([delta.experts for delta in deltas if delta.experts is not None]),
     )

@@ -6,8 +6,8 @@ Ids in, ids out: text, reasoning and tool calls are put together above, in `duom
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from duomo.errors import ConfigError
@@ -51,6 +51,7 @@ class SamplingParams:
     wrap_up: str = ""  # thinking that is cut ends with this sentence, inside the budget
     forced: tuple[int, ...] = ()  # the answer begins with these ids: how given words are scored
     constraint: Constraint | None = None
+    return_experts: bool = False  # say which experts computed each token, prompt and answer alike
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
@@ -101,6 +102,39 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertTrace:
+    """Which experts computed consecutive tokens of one request; the answer's follow on the prompt's.
+
+    A token's row says where it went itself, so an answer's token was chosen by the row before its own.
+    """
+
+    start: int  # place of the first token; what came from the prefix cache was not computed
+    num_layers: int
+    num_chosen: int
+    expert_ids: bytes  # uint8 [tokens, layers, chosen] in the bank of the token's modality; 255: no experts
+    is_vision: bytes  # uint8 [tokens], 1 where the token went to the vision experts
+
+
+def cut_trace(trace: ExpertTrace, count: int) -> ExpertTrace:
+    """The first `count` tokens: what follows were drafts that were not kept."""
+    width = trace.num_layers * trace.num_chosen
+    return replace(trace, expert_ids=trace.expert_ids[: count * width], is_vision=trace.is_vision[:count])
+
+
+def join_traces(traces: Sequence[ExpertTrace]) -> ExpertTrace | None:
+    """One after another. A token computed twice (after a preemption) counts once: later rows are the same."""
+    if not traces:
+        return None
+    first, width = traces[0], traces[0].num_layers * traces[0].num_chosen
+    ids, is_vision = bytearray(), bytearray()
+    for trace in traces:
+        known = first.start + len(is_vision) - trace.start
+        ids += trace.expert_ids[max(0, known) * width :]
+        is_vision += trace.is_vision[max(0, known) :]
+    return replace(first, expert_ids=bytes(ids), is_vision=bytes(is_vision))
+
+
+@dataclass(frozen=True, slots=True)
 class MediaBlob:
     """A decoded medium as it crosses the seam: uint8 patches as bytes, and where its tokens lie."""
 
@@ -141,6 +175,7 @@ class Output:
     num_reasoning: int = 0  # of all tokens so far
     num_cached: int = 0
     finish_reason: FinishReason | None = None
+    experts: ExpertTrace | None = None
     cause: str = ""  # eos, stop_id, stop_string, length, grammar, cancelled, or an error's message
 
 
@@ -161,6 +196,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     thinking: ThinkingMode | None = None  # with the last piece: what was in effect, on or off
+    experts: ExpertTrace | None = None  # where asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,4 +213,5 @@ class Completion:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    experts: ExpertTrace | None = None  # of the whole request, where asked for
     choices: tuple[Completion, ...] = ()  # the further ones where n > 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,9 +20,11 @@ from duomo.checkpoints.residency import Residency
 from duomo.engine.batch import Track, build_step_batch
 from duomo.engine.features import FeatureCache
 from duomo.engine.kv import PagedCache
-from duomo.engine.request import MediaBlob
+from duomo.engine.request import ExpertTrace, MediaBlob
 from duomo.engine.scheduler import Sequence, Step, Work
+from duomo.model.config import ModelConfig
 from duomo.model.ernie import Ernie
+from duomo.model.inputs import Batch
 from duomo.processing.patches import normalize
 from duomo.processing.prompt import Grid
 
@@ -94,7 +97,8 @@ class ModelRunner:
             chosen = [i for i, work in enumerate(step.works) if work.sequence.request.adapter == adapter]
             chosen.sort(key=lambda i: step.works[i].count)  # equal counts side by side
             with self._adapters.use(adapter) if self._adapters else nullcontext():
-                rows = self._forward([step.works[i] for i in chosen], [logit_starts[i] for i in chosen])
+                works = [step.works[i] for i in chosen]
+                rows = self._forward(works, [logit_starts[i] for i in chosen], step.traces)
             for i, piece in zip(chosen, rows, strict=True):
                 pieces[i] = piece
         return pieces
@@ -102,14 +106,18 @@ class ModelRunner:
     def adapters(self) -> Seq[str]:
         return self._adapters.names() if self._adapters else ()
 
-    def _forward(self, works: Seq[Work], starts: Seq[int]) -> list[Floats]:
+    def _forward(self, works: Seq[Work], starts: Seq[int], traces: dict[str, ExpertTrace]) -> list[Floats]:
         tracks = [self._track(work.sequence) for work in works]
         for work, track in zip(works, tracks, strict=True):
             for index in track.media_in(work.start, work.start + work.count):
                 if index not in track.features:
                     track.features[index] = self._features(track.media[index])
         batch = build_step_batch(works, tracks, self.model.config, self.cache.page_size, starts)
+        if any(work.sequence.request.params.return_experts for work in works):
+            batch = replace(batch, expert_ids_LTK=_no_choice(self.model.config, len(batch.ids_T)))
         logits = self.model.unembed(self.model(batch, self.cache)).float().numpy()
+        if batch.expert_ids_LTK is not None:
+            traces.update(_traces(works, batch))
         pieces = []
         row = 0
         for work, first in zip(works, starts, strict=True):
@@ -155,3 +163,30 @@ class ModelRunner:
         for index in list(track.features):
             if track.media[index].start + track.media[index].num_tokens <= stop:
                 del track.features[index]
+
+
+_NO_EXPERT = 255
+
+
+def _no_choice(config: ModelConfig, num_tokens: int) -> torch.Tensor:
+    """[layers, T, K] for a pass to write its choices into."""
+    return torch.full((config.num_layers, num_tokens, max(1, config.num_chosen)), _NO_EXPERT)
+
+
+def _traces(works: Seq[Work], batch: Batch) -> dict[str, ExpertTrace]:
+    assert batch.expert_ids_LTK is not None, "nobody asked for experts"
+    ids_TLK = batch.expert_ids_LTK.to(torch.uint8).transpose(0, 1).numpy()
+    is_vision_T = np.zeros(len(ids_TLK), np.uint8)
+    is_vision_T[batch.vision_rows.numpy()] = 1
+    traces, row = {}, 0
+    for work in works:
+        part = slice(row, row + work.count)
+        row += work.count
+        request = work.sequence.request
+        if request.params.return_experts:
+            ids = ids_TLK[part]
+            shape = ids.shape[1], ids.shape[2]
+            traces[request.request_id] = ExpertTrace(
+                work.start, *shape, ids.tobytes(), is_vision_T[part].tobytes()
+            )
+    return traces

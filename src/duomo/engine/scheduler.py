@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from duomo.engine.pages import PagePool
 from duomo.engine.prefix import PrefixKeys
-from duomo.engine.request import Request
+from duomo.engine.request import ExpertTrace, Request
 from duomo.errors import PromptTooLong
 
 
@@ -70,6 +70,7 @@ class Step:
     works: list[Work] = field(default_factory=list)
     swap_out: list[tuple[Sequence, list[int]]] = field(default_factory=list)  # before anything is written
     swap_in: list[tuple[Sequence, list[int]]] = field(default_factory=list)
+    traces: dict[str, ExpertTrace] = field(default_factory=dict)  # by request; the runner's, where asked for
 
 
 class Scheduler:
