@@ -1,5 +1,8 @@
 """Behaviours C (equivalences), H (thinking) and I (tools) of the chat endpoint, on the wire."""
 
+import base64
+import itertools
+
 import pytest
 
 from tests.serve.conftest import picture_url
@@ -174,3 +177,23 @@ def test_text_completions_whole_and_streamed(server):
     assert two["usage"]["completion_tokens"] == 4
     events = server.events(path="/v1/completions", prompt="Once", max_tokens=5)
     assert "Once" + "".join(e["choices"][0]["text"] for e in events[:-1]) == one["choices"][0]["text"]
+
+
+def test_the_experts_of_each_token_streamed_and_whole_are_the_same(server):
+    asked = {"return_experts": True, "thinking": "off"}
+    whole = server.ask(**asked).json()["choices"][0]["experts"]
+    parts = [
+        choice["experts"]
+        for chunk in server.events(**asked)
+        if chunk != "[DONE]"
+        for choice in chunk["choices"]
+        if "experts" in choice
+    ]
+    assert parts[0]["start"] == 0 and all(part["layers"] == whole["layers"] for part in parts)
+    assert all(a["start"] + a["tokens"] == b["start"] for a, b in itertools.pairwise(parts))
+    joined = b"".join(base64.b64decode(part["ids"]) for part in parts)
+    assert joined == base64.b64decode(whole["ids"])
+    assert len(joined) == whole["tokens"] * whole["layers"] * whole["chosen"]
+    assert "experts" not in server.ask().json()["choices"][0]
+    card = server.client.get("/v1/models").json()["data"][0]
+    assert card["experts"] == {"text": 16, "vision": 16} and max(set(joined) - {255}) < 16

@@ -19,7 +19,7 @@ needs_browser = pytest.mark.skipif(
 def test_the_page_and_its_files_come_with_a_policy_and_name_no_other_host(server):
     page = server.client.get("/")
     assert page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
-    for name in ("page.css", "page.js", "wire.js", "icon.svg", "index.html"):
+    for name in ("page.css", "page.js", "experts.js", "wire.js", "icon.svg", "index.html"):
         got = server.client.get(f"/ui/{name}")
         assert got.status_code == 200
         assert "https://" not in got.text and "//" not in got.text.replace("http://www.w3.org", "").replace(
@@ -129,3 +129,48 @@ def test_a_phone_in_the_dark_has_no_sideways_scroll(browser, start, tmp_path):
     assert ground == "rgb(23, 21, 19)"
     browser.save_screenshot(str(tmp_path / "phone.png"))
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.browser
+@needs_browser
+def test_the_experts_of_each_token_are_shown_and_found_by_keyboard(browser, start, tmp_path):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.select import Select
+
+    find = lambda css: browser.find_element(By.CSS_SELECTOR, css)  # noqa: E731
+    every = lambda css: browser.find_elements(By.CSS_SELECTOR, css)  # noqa: E731
+    server = start(Scripted(thoughts="", answer="A red square."))
+    path = tmp_path / "a.png"
+    path.write_bytes(picture(120, 90))
+    browser.set_window_size(1000, 800)
+    browser.get(server.url)
+    until(lambda: "tokens of context" in find("#model").text)
+    find("#settings > summary").click()
+    Select(find("#experts")).select_by_value("shown")
+    find("#settings > summary").click()
+    find("#files").send_keys(str(path))
+    until(lambda: every(".chip img"))
+    find("#question").send_keys("What is it?", Keys.ENTER)
+    until(lambda: "tokens/s" in find(".turn.assistant .foot").text)
+
+    assert find(".turn.assistant > .text").text == "A red square."
+    cells = every(".strip i")
+    prompt, seen = len(cells) - 2, len(every(".strip i.vision"))  # the last token is never fed back
+    assert seen == 64 and prompt > seen
+    ActionChains(browser).move_to_element(every(".text .token")[0]).perform()
+    chosen = find(".strip i.on")
+    assert int(chosen.get_attribute("data-row")) == prompt - 1  # the row that chose the answer's first token
+    assert "before “A”" in find(".said").text and "text experts" in find(".said").text
+    find(".strip").send_keys(Keys.HOME)
+    assert "token 0, vision experts by layer — 1: 3 4 · 2: 6 7" in find(".said").text
+    assert find(".strip").get_attribute("aria-valuenow") == "0"
+    painted = browser.execute_script(
+        "const c = document.querySelector('.maps .vision canvas');"
+        "const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+        "return new Set(new Uint32Array(d.buffer)).size"
+    )
+    assert painted > 4  # shades of use, not one colour
+    browser.save_screenshot(str(tmp_path / "experts.png"))
+    browser.execute_script("localStorage.clear()")  # the next page starts as a stranger finds it

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from duomo.engine.request import FinishReason, SamplingParams, ThinkingMode, Usage
+from duomo.engine.request import ExpertTrace, FinishReason, SamplingParams, ThinkingMode, Usage
 from duomo.processing.messages import Message, Tool
 
 
@@ -67,6 +67,7 @@ class Piece:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     thinking: ThinkingMode | None = None
+    experts: ExpertTrace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class ModelFacts:
     max_model_len: int
     modalities: tuple[str, ...] = ("text", "image", "video")
     plan: Mapping[str, str] = field(default_factory=dict)  # printed at start: what was decided, and from what
+    num_experts: tuple[int, int] | None = None  # a layer's text and vision experts; None: a dense model
 
 
 class Backend(Protocol):

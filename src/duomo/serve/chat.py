@@ -6,6 +6,7 @@ last a chunk without choices that holds the whole usage (if asked), and [DONE].
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import AsyncIterator
 
@@ -13,7 +14,7 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from duomo.engine.request import Usage
+from duomo.engine.request import ExpertTrace, Usage, join_traces
 from duomo.serve import convert, schema
 from duomo.serve.backend import Job, Piece
 from duomo.serve.problems import invalid
@@ -103,6 +104,8 @@ def completion_of(
         choice = schema.ChatChoice(index, message, answer.finish_reason, logprobs)
         if call.return_token_ids:
             choice.token_ids = answer.token_ids
+        if trace := join_traces(answer.traces):
+            choice.experts = experts_out(trace)
         out.append(choice)
     name = call.model or server.model_name
     return schema.ChatCompletion(
@@ -167,7 +170,19 @@ def _chunk_choice(call: schema.ChatRequest, job: Job, piece: Piece, shown: bool)
         choice.logprobs = schema.ChatLogprobs([logprob_of(info) for info in piece.logprobs])
     if call.return_token_ids:
         choice.token_ids = list(piece.token_ids)
+    if piece.experts is not None:
+        choice.experts = experts_out(piece.experts)
     return choice
+
+
+def experts_out(trace: ExpertTrace) -> schema.ExpertsOut:
+    flags = f"0{''.join(map(str, trace.is_vision))}0"
+    borders = [trace.start + place for place in range(len(flags) - 1) if flags[place] != flags[place + 1]]
+    spans = list(zip(borders[::2], borders[1::2], strict=True))
+    ids = base64.b64encode(trace.expert_ids).decode()
+    return schema.ExpertsOut(
+        trace.start, len(trace.is_vision), trace.num_layers, trace.num_chosen, ids, spans
+    )
 
 
 @answers

@@ -226,6 +226,7 @@ def params_of(
         thinking=thinking.mode,
         thinking_budget=thinking.budget,
         constraint=constraint_of(request),
+        return_experts=isinstance(request, schema.ChatRequest) and request.return_experts is True,
     )
 
 

@@ -61,7 +61,11 @@ class Model:
         stats = llm.stats()
         pages = f"{stats['pages']:.0f}" if "pages" in stats else "unknown"
         self._facts = ModelFacts(
-            llm.name, llm.max_model_tokens, modalities, {"pages of keys and values": pages}
+            llm.name,
+            llm.max_model_tokens,
+            modalities,
+            {"pages of keys and values": pages},
+            _num_experts(llm),
         )
 
     @property
@@ -165,6 +169,7 @@ class Model:
             delta.finish_reason,
             delta.usage,
             mode,  # type: ignore[arg-type]
+            delta.experts,
         )
 
     def _info(self, entry: TokenLogprob) -> TokenInfo:
@@ -177,6 +182,14 @@ class Model:
 
     def _bytes(self, token_id: int) -> bytes:
         return self.llm.engine.vocabulary.tokens[token_id]
+
+
+def _num_experts(llm: LLM) -> tuple[int, int] | None:
+    config = llm.config
+    if config is None or config.text_experts is None:
+        return None
+    vision = config.vision_experts
+    return config.text_experts.num_experts, vision.num_experts if vision else 0
 
 
 def _forced_call(job: Job, llm: LLM) -> Constraint:

@@ -88,7 +88,10 @@ def _names(request: Request) -> tuple[str, ...]:
 def card(request: Request, name: str) -> schema.ModelCard:
     server = server_of(request)
     facts = server.ready().facts
-    return schema.ModelCard(name, server.started, facts.max_model_len, facts.name, list(facts.modalities))
+    experts = schema.ExpertCounts(*facts.num_experts) if facts.num_experts else None
+    return schema.ModelCard(
+        name, server.started, facts.max_model_len, facts.name, list(facts.modalities), experts
+    )
 
 
 class TokenizeRequest(msgspec.Struct):

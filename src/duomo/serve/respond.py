@@ -13,7 +13,7 @@ from typing import TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from duomo.engine.request import Usage
+from duomo.engine.request import ExpertTrace, Usage
 from duomo.serve import schema
 from duomo.serve.backend import Piece, TokenInfo
 from duomo.serve.problems import Problem
@@ -31,6 +31,7 @@ class Answer:
     reasoning: str = ""
     tools: dict[int, schema.ToolCallOut] = field(default_factory=dict)
     token_ids: list[int] = field(default_factory=list)
+    traces: list[ExpertTrace] = field(default_factory=list)
     logprobs: list[schema.TokenLogprob] = field(default_factory=list)
     finish_reason: schema.Finish = "stop"
 
@@ -38,6 +39,8 @@ class Answer:
         self.text += piece.text
         self.reasoning += piece.reasoning
         self.token_ids += piece.token_ids
+        if piece.experts is not None:
+            self.traces.append(piece.experts)
         self.logprobs += [logprob_of(info) for info in piece.logprobs]
         for tool in piece.tools:
             if tool.is_broken:  # its text came as text

@@ -247,6 +247,7 @@ class ChatRequest(Generation, kw_only=True):
     thinking_budget_tokens: Count | None = None
     reasoning_max_tokens: Count | None = None
     include_reasoning: bool | None = None
+    return_experts: bool | None = None  # which experts computed each token
 
 
 class CompletionRequest(Generation, kw_only=True):
@@ -327,12 +328,28 @@ class ChatAnswer(Struct):
     tool_calls: list[ToolCallOut] | msgspec.UnsetType = msgspec.UNSET
 
 
+class ExpertsOut(Struct):
+    """Which experts computed consecutive tokens of prompt and answer, from token `start` on.
+
+    `ids` is base64 of uint8 [tokens, layers, chosen], 255 in a layer without experts; `vision` lists the
+    stretches [first, end) of tokens that went to the vision experts, the others went to the text experts.
+    """
+
+    start: int
+    tokens: int
+    layers: int
+    chosen: int
+    ids: str
+    vision: list[tuple[int, int]]
+
+
 class ChatChoice(Struct):
     index: int
     message: ChatAnswer
     finish_reason: Finish
     logprobs: ChatLogprobs | None = None
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    experts: ExpertsOut | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatCompletion(Struct):
@@ -372,6 +389,7 @@ class ChunkChoice(Struct):
     finish_reason: Finish | None = None
     logprobs: ChatLogprobs | None = None
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    experts: ExpertsOut | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChunk(Struct):
@@ -408,14 +426,22 @@ class TextCompletion(Struct):
     object: Literal["text_completion"] = "text_completion"
 
 
+class ExpertCounts(Struct):
+    """Routed experts in a layer that has any, by bank; 0 where there is no such bank."""
+
+    text: int
+    vision: int
+
+
 class ModelCard(Struct):
-    """`max_model_len` tokens of context; `modalities` a message may hold."""
+    """`max_model_len` tokens of context; `modalities` a message may hold; `experts` null: a dense model."""
 
     id: str
     created: int
     max_model_len: int
     root: str
     modalities: list[str]
+    experts: ExpertCounts | None = None
     owned_by: str = "duomo"
     object: Literal["model"] = "model"
 

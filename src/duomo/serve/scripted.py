@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 
-from duomo.engine.request import Usage
+from duomo.engine.request import ExpertTrace, Usage
 from duomo.errors import EngineError, PromptTooLong
 from duomo.processing.messages import ImagePart, Message, VideoPart
 from duomo.serve.backend import Count, Job, ModelFacts, Piece, TokenInfo, ToolPiece
 
 _TOKEN = re.compile(r"\s?\S+|\s+")
 _IMAGE_TOKENS, _VIDEO_TOKENS = 64, 256
+_NUM_LAYERS, _NUM_EXPERTS, _NUM_CHOSEN = 6, 16, 2
 
 
 class Scripted:
@@ -31,7 +33,7 @@ class Scripted:
         max_model_len: int = 4096,
     ) -> None:
         self.answer, self.thoughts, self.delay_s = answer, thoughts, delay_s
-        self._facts = ModelFacts("scripted", max_model_len)
+        self._facts = ModelFacts("scripted", max_model_len, num_experts=(_NUM_EXPERTS, _NUM_EXPERTS))
         self._hurried: dict[str, bool] = {}  # running requests, and whether they were told to answer now
         self._cancelled: set[str] = set()
         self.is_alive = True
@@ -109,6 +111,14 @@ class Scripted:
         def so_far() -> Usage:
             return Usage(count.prompt_tokens, spent, reasoned, 0, count.image_tokens, count.video_tokens)
 
+        def trace() -> ExpertTrace | None:
+            """What was computed since the last token: the prompt at first, then a token a step."""
+            if not job.params.return_experts:
+                return None
+            if spent == 1:
+                return _trace(0, count.prompt_tokens, count.image_tokens + count.video_tokens)
+            return _trace(count.prompt_tokens + spent - 2, 1)
+
         if job.params.thinking != "off" and job.prompt is None:
             budget = job.params.thinking_budget
             for token in _tokens(self.thoughts):
@@ -118,7 +128,7 @@ class Scripted:
                     break
                 await self._tick()
                 spent, reasoned = spent + 1, reasoned + 1
-                yield Piece(index, reasoning=token, token_ids=(spent,), usage=so_far())
+                yield Piece(index, reasoning=token, token_ids=(spent,), usage=so_far(), experts=trace())
         script = self._call(job) if _must_call(job) else [Piece(index, text=t) for t in self._cut(job)]
         finish = "tool_calls" if _must_call(job) else "stop"
         for piece in script:
@@ -130,8 +140,10 @@ class Scripted:
             info = (
                 TokenInfo(piece.text, -0.5, piece.text.encode(), ((piece.text, -0.5, piece.text.encode()),)),
             )
-            wanted = job.params.logprobs is not None and piece.text
-            yield Piece(index, piece.text, "", piece.tools, (spent,), info if wanted else (), usage=so_far())
+            logprobs = info if job.params.logprobs is not None and piece.text else ()
+            yield replace(
+                piece, index=index, token_ids=(spent,), logprobs=logprobs, usage=so_far(), experts=trace()
+            )
         mode = "off" if not reasoned else "on"
         yield Piece(index, finish_reason=finish, usage=so_far(), thinking=mode)  # type: ignore[arg-type]
 
@@ -173,3 +185,14 @@ def _media(messages: Sequence[Message], kind: type) -> int:
 
 def _tokens(text: str) -> list[str]:
     return _TOKEN.findall(text)
+
+
+def _trace(start: int, num_tokens: int, num_media: int = 0) -> ExpertTrace:
+    """Experts as a model might choose them; the first layer has none, the first `num_media` tokens see."""
+    ids = bytearray()
+    for token in range(start, start + num_tokens):
+        for layer in range(_NUM_LAYERS):
+            first = (token * 5 + layer * 3) % _NUM_EXPERTS
+            ids += bytes((first, (first + 1 + token % 7) % _NUM_EXPERTS) if layer else (255, 255))
+    is_vision = bytes(start + place < num_media for place in range(num_tokens))
+    return ExpertTrace(start, _NUM_LAYERS, _NUM_CHOSEN, bytes(ids), is_vision)

@@ -1,15 +1,17 @@
 // The page's state and behaviour. Text reaches the document through textContent alone, so that no answer can
 // become markup. The conversation lives in memory; only settings are remembered, and the key only for the tab.
+import { ExpertView } from "./experts.js";
 import { ask, control, models } from "./wire.js";
 
 const $ = (id) => document.getElementById(id);
 const turns = []; // {role, text, reasoning, media: [{kind, url}], node}
 let pending = []; // media waiting to be sent
 let running = null; // {abort, id}
+let experts = null; // how many a layer of the model has, {text, vision}; null: a dense model
 
 // ---- settings ----
 
-const remembered = ["thinking", "budget", "longest", "temperature", "theme"];
+const remembered = ["thinking", "budget", "longest", "temperature", "theme", "experts"];
 for (const name of remembered) {
   $(name).value = localStorage.getItem(`duomo.${name}`) ?? $(name).value;
   $(name).addEventListener("change", () => {
@@ -31,6 +33,8 @@ function paint() {
 async function greet() {
   try {
     const [model] = await models($("key").value);
+    experts = model.experts;
+    $("experts").disabled = !experts;
     $("model").textContent = `${model.id} · ${model.max_model_len.toLocaleString()} tokens of context`;
     say("");
   } catch (error) {
@@ -166,6 +170,7 @@ function wishes() {
   if ($("budget").value && body.thinking !== "off") body.thinking_budget = Number($("budget").value);
   if ($("longest").value) body.max_completion_tokens = Number($("longest").value);
   if ($("temperature").value) body.temperature = Number($("temperature").value);
+  if (experts && $("experts").value) body.return_experts = true;
   return body;
 }
 
@@ -188,10 +193,13 @@ async function answer() {
       const { content, reasoning_content: thought } = choice.delta;
       if ((content || thought) && !clock.first) clock.first = performance.now();
       if (thought) think(turn, thought, body.thinking_budget);
+      const word = content || thought ? make("span", "token", content || thought) : null;
+      if (choice.experts) route(turn, choice.experts, content || thought || "", word);
+      if (thought) turn.thoughtsText.append(choice.experts ? word : thought);
       if (content) {
         if (!turn.text) $("now").hidden = true;
         turn.text += content;
-        turn.textNode.append(content);
+        turn.textNode.append(choice.experts ? word : content);
       }
       follow();
     }
@@ -209,9 +217,18 @@ function think(turn, thought, budget) {
   turn.thoughts.hidden = false;
   $("now").hidden = false;
   turn.reasoning += thought;
-  turn.thoughtsText.append(thought);
   turn.pieces = (turn.pieces ?? 0) + 1;
   turn.thoughtsTitle.textContent = `Thinking… ${turn.pieces}${budget ? ` of at most ${budget}` : ""}`;
+}
+
+/** The experts of one piece go to the answer's own view, made when the first ones come. */
+function route(turn, part, text, word) {
+  if (!turn.view) {
+    turn.view = new ExpertView(experts);
+    turn.view.node.open = true;
+    turn.textNode.after(turn.view.node);
+  }
+  turn.view.add(part, text, word);
 }
 
 function close(turn, { usage, finish, failure, clock }) {
