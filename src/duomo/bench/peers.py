@@ -1,0 +1,119 @@
+"""`python -m duomo.bench.peers CHECKPOINT --llama BIN --gguf FILE`: the 28B beside llama.cpp, in one run.
+
+llama.cpp does not know ERNIE-VL; its `ernie4_5-moe` is the text path of VL-28B-A3B, so the GGUF is that, with
+random weights, in its own 2-bit type. The two take turns, round by round, each in a process of its own after
+its file has been read once, so that neither waits for the disk; medians and the ratio of medians are what
+counts. Nothing else may run meanwhile: llama.cpp's threads spin at barriers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+CHUNK_BYTES = 1 << 24
+ROWS = {
+    "decode, one stream": "decode_tokens_per_s",
+    "prefill": "prefill_tokens_per_s",
+    "decode, all streams": "streams_tokens_per_s",
+}
+
+
+def read_through(path: Path) -> None:
+    """Brings a file, or a folder's safetensors, into the page cache."""
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with file.open("rb") as stream:
+            while stream.read(CHUNK_BYTES):
+                pass
+
+
+def run(command: Sequence[str | Path]) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{command[0]} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return done.stdout
+
+
+def llama(options: argparse.Namespace) -> dict[str, float]:
+    read_through(options.gguf)
+    threads = ["-t", str(options.threads)]
+    sizes = ["-p", str(options.prompt), "-n", str(options.tokens)]
+    bench = run(
+        [options.llama / "llama-bench", "-m", options.gguf, *threads, *sizes, "-r", "1", "-o", "json"]
+    )
+    found = {}
+    for row in json.loads(bench):
+        name = "decode_tokens_per_s" if row["n_gen"] else "prefill_tokens_per_s"
+        found[name] = float(row["avg_ts"])
+    shape = ["-npp", "64", "-ntg", str(options.tokens), "-npl", str(options.streams)]
+    room = ["-c", str(options.streams * (64 + options.tokens) + 256)]
+    many = run(
+        [
+            *(options.llama / "llama-batched-bench", "-m", options.gguf, *threads, *shape, *room),
+            *("--output-format", "jsonl"),
+        ]
+    )
+    rows = [json.loads(line) for line in many.splitlines() if line.startswith("{")]
+    found["streams_tokens_per_s"] = float(rows[-1]["speed_tg"])
+    return found
+
+
+def duomo(options: argparse.Namespace) -> dict[str, Any]:
+    read_through(options.checkpoint)
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "facts.json"
+        sizes = ["--prompt", options.prompt, "--tokens", options.tokens, "--streams", options.streams]
+        run(
+            [
+                sys.executable,
+                "-m",
+                "duomo.bench.decode",
+                options.checkpoint,
+                *map(str, sizes),
+                "--json",
+                target,
+            ]
+        )
+        facts: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
+    facts["streams_tokens_per_s"] = facts[f"decode_{options.streams}_streams_tokens_per_s"]
+    return facts
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--llama", type=Path, required=True, help="the folder with llama-bench in it")
+    parser.add_argument("--gguf", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    theirs, ours = [], []
+    for number in range(options.rounds):
+        theirs.append(llama(options))
+        ours.append(duomo(options))
+        print(f"round {number + 1} of {options.rounds} done", file=sys.stderr)
+    print(f"{'':22}{'llama.cpp':>12}{'duomo':>10}{'ratio':>8}   tokens/s, medians of {options.rounds}")
+    summary = {}
+    for title, name in ROWS.items():
+        pair = median(row[name] for row in theirs), median(row[name] for row in ours)
+        summary[title] = {"llama.cpp": pair[0], "duomo": pair[1], "ratio": pair[1] / pair[0]}
+        print(f"{title:22}{pair[0]:12.2f}{pair[1]:10.2f}{pair[1] / pair[0]:8.2f}")
+    if options.json:
+        result = {"summary": summary, "llama.cpp": theirs, "duomo": ours, "gguf": options.gguf.name}
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
