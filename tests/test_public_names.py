@@ -15,6 +15,7 @@ NAMES = [
     "ModelConfig",
     "SamplingParams",
     "create_app",
+    "finetune",
     "load_model",
     "quantize",
 ]

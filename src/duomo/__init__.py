@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from duomo.processing.messages import Message
     from duomo.quant import quantize
     from duomo.serve.app import create_app
+    from duomo.train.loop import finetune
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ _HOMES = {
     "Error": "duomo.errors",
     "create_app": "duomo.serve.app",
     "quantize": "duomo.quant",
+    "finetune": "duomo.train.loop",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "ModelConfig",
     "SamplingParams",
     "create_app",
+    "finetune",
     "load_model",
     "quantize",
 ]

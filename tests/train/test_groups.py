@@ -16,7 +16,7 @@ def test_groups_cover_the_model_once() -> None:
     sizes = group_sizes(model)
     assert sum(size.num_values for size in sizes.values()) == sum(p.numel() for p in model.parameters())
     assert sizes["text_experts"].num_tensors == 4  # two layers: gate_up and down
-    assert sizes["routers"].num_tensors == 8  # two layers, two banks: weight and bias
+    assert sizes["text_routers"].num_tensors == sizes["vision_routers"].num_tensors == 4  # weight and bias
 
 
 def test_a_group_that_matches_nothing_is_an_error() -> None:
@@ -45,3 +45,10 @@ def test_the_correction_bias_never_trains() -> None:
     model = tiny_model()
     freeze_all_but(model, ["routers"])
     assert {n for n, p in model.named_parameters() if p.requires_grad and n.endswith(".bias")} == set()
+
+
+def test_routers_are_both_modalities() -> None:
+    model = tiny_model()
+    groups = optimizer_groups(model, 1.0, {"routers": 0.01}, 0.0)
+    rates = {str(g["group"]): g["lr"] for g in groups}
+    assert rates["text_routers"] == rates["vision_routers"] == 0.01 and rates["attention"] == 1.0

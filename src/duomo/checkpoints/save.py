@@ -14,7 +14,7 @@ from torch import Tensor
 from duomo.checkpoints.files import INDEX_NAME
 from duomo.checkpoints.names import pt_entries
 from duomo.errors import CheckpointError
-from duomo.model import Ernie
+from duomo.model import Ernie, ModelConfig
 from duomo.model.ernie import Embedding
 
 MAX_SHARD_BYTES = 5 << 30
@@ -28,22 +28,39 @@ def save_model(
         raise CheckpointError("this model's weights are packed; the PT layout is written from plain ones")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**model.config.to_json(), "torch_dtype": str(dtype or model.embed.weight.dtype).split(".")[1]}
-    _write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    shards = list(_shards(pt_tensors(model, dtype), max_shard_bytes))
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors"
-        if len(shards) > 1:
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        partial = folder / f"{name}.partial"
+    write_config(model.config, folder, dtype or model.embed.weight.dtype)
+    write_tensors(pt_tensors(model, dtype), folder, max_shard_bytes)
+
+
+def write_config(config: ModelConfig, folder: Path, dtype: torch.dtype) -> None:
+    fields = {**config.to_json(), "torch_dtype": str(dtype).split(".")[1]}
+    _write_text(folder / "config.json", json.dumps(fields, indent=2) + "\n")
+
+
+def write_tensors(
+    tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> list[Path]:
+    """Tensors as they come into shards, each named when all are whole; at most one shard is in memory."""
+    written: list[tuple[Path, list[str]]] = []
+    total = 0
+    for shard in _shards(tensors, max_shard_bytes):
+        partial = folder / f"shard-{len(written)}.partial"
         save_file({key: tensor.contiguous() for key, tensor in shard.items()}, partial, {"format": "pt"})
+        written.append((partial, list(shard)))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    weight_map: dict[str, str] = {}
+    files = []
+    for number, (partial, names) in enumerate(written, start=1):
+        name = "model.safetensors"
+        if len(written) > 1:
+            name = f"model-{number:05d}-of-{len(written):05d}.safetensors"
         os.replace(partial, folder / name)
-        weight_map |= dict.fromkeys(shard, name)
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        files.append(folder / name)
+        weight_map |= dict.fromkeys(names, name)
+    if len(written) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    return files
 
 
 def pt_tensors(model: Ernie, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:

@@ -6,15 +6,18 @@ the reference for every packed kernel. Names and shapes are checked before the f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from duomo.checkpoints import load as loading
 from duomo.checkpoints.files import TensorStore
-from duomo.model import Ernie
+from duomo.checkpoints.names import Entry, pt_entries
+from duomo.checkpoints.quantized import dequantize, open_quantized
+from duomo.model import Ernie, ModelConfig
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,6 +41,24 @@ class CheckpointStream:
                     own = loading._fit(entry, place, self._store.read(place.name), parameters[entry.ours])
                     own[1].copy_(own[0])
         return module
+
+    def tensors(self) -> Iterator[tuple[Entry, Tensor]]:
+        """Every entry of the PT layout with its tensor, one at a time; biases are rows of one PT tensor."""
+        with torch.device("meta"):
+            parameters = dict(Ernie(self.config).named_parameters())
+        for entry, place in self._places.items():
+            yield entry, loading._fit(entry, place, self._store.read(place.name), parameters[entry.ours])[0]
+
+
+def dequantized_tensors(folder: Path, config: ModelConfig) -> Iterator[tuple[Entry, Tensor]]:
+    """The same of a quantized folder, every weight decoded to fp32; one of ours in memory at a time."""
+    files = open_quantized(folder)
+    loading.check_quantized(config, files)
+    name, tensor = "", torch.empty(0)
+    for entry in pt_entries(config):
+        if entry.ours != name:
+            name, tensor = entry.ours, dequantize(files[entry.ours].read(entry.ours))
+        yield entry, entry.view(tensor)
 
 
 def is_quantized(folder: str | Path) -> bool:

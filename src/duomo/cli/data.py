@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
-app = typer.Typer(help="Check and show training rows.")
+app = typer.Typer(help="Check, show and convert training rows.")
 
 
 @app.command()
@@ -33,18 +33,39 @@ def check(
 @app.command()
 def preview(
     file: Annotated[Path, typer.Argument(help="a .jsonl file")],
+    model: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="a checkpoint's folder, whose words are used; the embedded model if none"),
+    ] = None,
     rows: Annotated[int, typer.Option(help="rows shown")] = 3,
+    max_tokens: Annotated[int, typer.Option(help="of a pack, for the last line")] = 2048,
+    color: Annotated[bool, typer.Option(help="paint what is supervised, besides the brackets")] = True,
 ) -> None:
-    """Shows rows in the canonical form; a star marks what is supervised."""
+    """Shows rows as the model sees them: what stands in [[ ]] is supervised, nothing else is."""
     from itertools import islice
 
+    from duomo.checkpoints import load_config
+    from duomo.train.preview import packing_line, preview_row
     from duomo.train.rows import read_rows
+    from duomo.train.samples import Renderer
+    from duomo.train.stages import EMBEDDED
 
+    folder = model or EMBEDDED
+    renderer = Renderer.of(folder, load_config(folder))
     for row in islice(read_rows(file), rows):
-        print(row.source)
-        for turn in row.turns:
-            said = "".join(p.value if p.kind == "text" else f"[{p.kind} {p.value}]" for p in turn.pieces)
-            thought = f"(thinking: {turn.reasoning}) " if turn.reasoning else ""
-            print(f"  {'*' if turn.is_supervised else ' '} {turn.role}: {thought}{said}")
-        if row.rejected is not None:
-            print(f"    rejected: {row.rejected}")
+        text = preview_row(row, renderer, file.parent)
+        painted = text.replace("[[", "\033[32m[[").replace("]]", "]]\033[0m")
+        typer.echo(painted if color else text)  # colours go only to a terminal
+    print(packing_line(file, renderer, max_tokens))
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="a .jsonl file in any spelling")],
+    target: Annotated[Path, typer.Argument(help="the .jsonl file to write")],
+    to: Annotated[str, typer.Option(help="messages or erniekit")] = "messages",
+) -> None:
+    """Writes every row as OpenAI messages, or in ERNIEKit's own spelling; a bad row stops it."""
+    from duomo.train.convert import convert_file
+
+    print(f"{convert_file(file, target, to)} rows written to {target}")

@@ -1,20 +1,31 @@
-"""`duomo train`: the embedded model from nothing, or on from where it was stopped."""
+"""`duomo train`: a recipe, or without one the embedded model from nothing; both go on where they stopped."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
 
 def train(
-    folder: Annotated[Path, typer.Option(help="where the run keeps its state")] = Path("runs/tiny"),
+    recipe: Annotated[Optional[Path], typer.Argument(help="RECIPE.yaml; none trains `tiny`")] = None,  # noqa: UP045
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value, over the recipe")] = None,  # noqa: UP045
+    folder: Annotated[Path, typer.Option(help="where the run of `tiny` keeps its state")] = Path("runs/tiny"),
     cache: Annotated[Path, typer.Option(help="where fetched packages lie")] = Path("runs/cache"),
-    steps: Annotated[list[int] | None, typer.Option(help="steps of each stage, in order")] = None,
-    export_to: Annotated[Path | None, typer.Option(help="write a checkpoint here at the end")] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="steps of each stage of `tiny`, in order")] = None,
+    export_to: Annotated[Path | None, typer.Option(help="write `tiny` here at the end")] = None,
 ) -> None:
-    """Runs or resumes the recipe `tiny`."""
+    """Trains by a recipe: text, vision, joint, thinking, sft, dpo or grpo."""
+    if recipe is not None:
+        from duomo.train.loop import train as run_recipe
+        from duomo.train.settings import read_settings
+
+        reading = read_settings(recipe, overrides or [])
+        for warning in reading.warnings:
+            typer.echo(f"warning: {warning}", err=True)
+        run_recipe(reading.settings)
+        return
     from duomo.train.__main__ import run
     from duomo.train.export import export
 

@@ -9,7 +9,7 @@ as in training, so both see the same ids. User and tool messages that follow eac
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -144,31 +144,48 @@ def render_with_labels(
     *,
     tools: Sequence[Tool] = (),
     dialect: TemplateDialect = TemplateDialect.ERNIE_VL,
-    supervise: Literal["last", "all"] = "last",
+    supervise: Literal["last", "all"] | Collection[int] = "last",
     load: LoadMedia = load_media,
 ) -> Rendering:
     """A whole conversation for training: its ids are those of `build_prompt`, then the last answer's.
 
-    Supervised are the answers (the last, or all) with their reasoning, calls and end. The context token at an
-    answer's end is `<|end_of_sentence|>`, its label `</s>` (spec 3.6).
+    Supervised are the answers (the last, all, or those at these places of the conversation) with their
+    reasoning, calls and end. The context token at an answer's end is `<|end_of_sentence|>`, its label `</s>`
+    (spec 3.6).
     """
     _check(conversation, dialect)
     if conversation[-1].role != "assistant":
         raise TemplateError("a training conversation must end with the assistant's message")
     last = conversation[-1]
+    wanted = _supervised(conversation, supervise)
+    is_wanted = len(conversation) - 1 in wanted
     writer = _Writer(tokenizer, load)
     _head(writer, conversation, tools, dialect)
-    _turns(writer, [m for m in conversation[:-1] if m.role != "system"], supervise == "all")
+    spoken = [(index, m) for index, m in enumerate(conversation[:-1]) if m.role != "system"]
+    _turns(
+        writer, [m for _, m in spoken], {place for place, (index, _) in enumerate(spoken) if index in wanted}
+    )
     thinks = last.reasoning is not None
     _open_answer(writer, thinks, dialect)
     writer.flush()
     if thinks:
         opening = "" if dialect is TemplateDialect.ERNIE_VL_THINKING else "\n"
-        writer.text(f"{opening}{last.reasoning}\n", is_answer=True)
-        writer.control("</think>", is_answer=True)
-        writer.text("\n", is_answer=True)
-    _answer(writer, last, True)
+        writer.text(f"{opening}{last.reasoning}\n", is_answer=is_wanted)
+        writer.control("</think>", is_answer=is_wanted)
+        writer.text("\n", is_answer=is_wanted)
+    _answer(writer, last, is_wanted)
     return Rendering(writer.prompt(), writer.labels())
+
+
+def _supervised(
+    conversation: Conversation, supervise: Literal["last", "all"] | Collection[int]
+) -> Collection[int]:
+    if supervise == "last":
+        return {len(conversation) - 1}
+    if supervise == "all":
+        return {index for index, message in enumerate(conversation) if message.role == "assistant"}
+    assert not isinstance(supervise, str), "last, all, or places in the conversation"
+    return supervise
 
 
 def _check(conversation: Conversation, dialect: TemplateDialect) -> None:
@@ -220,10 +237,11 @@ def _declared(tool: Tool) -> dict[str, object]:
     return {"type": "function", "function": function}
 
 
-def _turns(writer: _Writer, messages: Sequence[Message], is_supervised: bool = False) -> None:
+def _turns(writer: _Writer, messages: Sequence[Message], supervised: Collection[int] = ()) -> None:
     previous = None
-    for message in messages:
+    for place, message in enumerate(messages):
         if message.role == "assistant":
+            is_supervised = place in supervised
             writer.text("\nAssistant: ")
             if message.reasoning is not None:
                 writer.control("<think>")

@@ -1,7 +1,8 @@
 """Parameters by the names people use: `text_experts`, `vision_experts`, `shared`, `attention`, ...
 
-Every parameter is in exactly one group. Selecting a group that a model does not have is an error: a
-selector that silently matches nothing is how experts stay frozen while everybody thinks they train.
+Every parameter is in exactly one group; `routers` selects those of both modalities, `all` every group.
+Selecting a group that a model does not have is an error: a selector that silently matches nothing is how
+experts stay frozen while everybody thinks they train.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import nn
 from duomo.errors import TrainingError
 
 _PATTERNS: tuple[tuple[str, str], ...] = (
-    ("routers", r"\.router\."),
+    ("text_routers", r"\.mlp\.text(\.base)?\.router\."),
+    ("vision_routers", r"\.mlp\.vision(\.base)?\.router\."),
     ("text_experts", r"\.mlp\.text\."),
     ("vision_experts", r"\.mlp\.vision\."),
     ("shared", r"\.mlp\.shared\."),
@@ -27,6 +29,7 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     ("embeddings", r"^(embed|head)\."),
 )
 GROUPS = tuple(name for name, _ in _PATTERNS)
+ALIASES: dict[str, tuple[str, ...]] = {"routers": ("text_routers", "vision_routers"), "all": GROUPS}
 
 
 class GroupSize(NamedTuple):
@@ -61,8 +64,8 @@ def group_sizes(model: nn.Module) -> dict[str, GroupSize]:
 
 def freeze_all_but(model: nn.Module, groups: Iterable[str]) -> None:
     """Only these groups train afterwards. The routers' correction biases never take a gradient."""
-    present, wanted = parameters_by_group(model), set(groups)
-    _check(wanted, present)
+    present = parameters_by_group(model)
+    wanted = select(groups, present)
     for group, members in present.items():
         for name, parameter in members:
             parameter.requires_grad_(group in wanted and not name.endswith(".router.bias"))
@@ -73,7 +76,7 @@ def optimizer_groups(
 ) -> list[dict[str, object]]:
     """Groups for torch's optimizers: `rates` are factors of `rate` by group; vectors are not decayed."""
     present = parameters_by_group(model)
-    _check(rates, present)
+    factors = {group: factor for name, factor in rates.items() for group in select([name], present)}
     found: list[dict[str, object]] = []
     for group, members in present.items():
         for decays in (True, False):
@@ -83,7 +86,7 @@ def optimizer_groups(
                 found.append(
                     {
                         "params": chosen,
-                        "lr": rate * rates.get(group, 1.0),
+                        "lr": rate * factors.get(group, 1.0),
                         "weight_decay": decay,
                         "group": group,
                     }
@@ -93,8 +96,14 @@ def optimizer_groups(
     return found
 
 
-def _check(wanted: Iterable[str], present: Mapping[str, object]) -> None:
-    for group in wanted:
-        if group not in present:
-            kind = "is unknown" if group not in GROUPS else "matches nothing in this model"
-            raise TrainingError(f"the group {group!r} {kind}; it has {', '.join(present)}", group=group)
+def select(names: Iterable[str], present: Mapping[str, object]) -> set[str]:
+    """The groups that selectors name. TrainingError for one that is unknown or matches nothing."""
+    found: set[str] = set()
+    for name in names:
+        members = [group for group in ALIASES.get(name, (name,)) if group in present]
+        if not members:
+            known = name in GROUPS or name in ALIASES
+            kind = "matches nothing in this model" if known else "is unknown"
+            raise TrainingError(f"the group {name!r} {kind}; it has {', '.join(present)}", group=name)
+        found |= set(members)
+    return found

@@ -7,21 +7,20 @@ router; the correction bias of each expert is nudged after every step without an
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
-from duomo.kernels import Routing
 from duomo.model import Ernie
-from duomo.model.experts import Router
 from duomo.tasks import Example, Handwriting, Split, dialogue, digits, shapes
 from duomo.train.batches import BlockCache, TrainingBatch, collate, model_batch, patches_tensor
 from duomo.train.recipe import Stage
 from duomo.train.render import IGNORE, Renderer
+from duomo.train.routing import RouterWatch
+
+__all__ = ["RouterWatch", "answer_loss", "exact_answers", "example_batch"]
 
 
 def example_batch(
@@ -46,28 +45,6 @@ def example_batch(
             else:
                 examples.append(dialogue.generate(rng, split))
     return collate([renderer.render(example, rng) for example in examples], pad_id=0)
-
-
-@dataclass(slots=True)
-class RouterWatch:
-    """Collects every router's last routing, in forward order."""
-
-    seen: list[tuple[Router, Routing]] = field(default_factory=list)
-    handles: list[RemovableHandle] = field(default_factory=list)
-
-    def attach(self, model: nn.Module) -> RouterWatch:
-        for module in model.modules():
-            if isinstance(module, Router):
-                self.handles.append(module.register_forward_hook(self._note))
-        return self
-
-    def _note(self, router: nn.Module, inputs: object, routing: Routing) -> None:
-        assert isinstance(router, Router)
-        self.seen.append((router, routing))
-
-    def take(self) -> list[tuple[Router, Routing]]:
-        seen, self.seen = self.seen, []
-        return seen
 
 
 def answer_loss(model: Ernie, batch: TrainingBatch) -> tuple[Tensor, Tensor]:

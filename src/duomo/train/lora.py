@@ -10,17 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from duomo.errors import TrainingError
-from duomo.model.experts import ExpertBank
+from duomo.model.experts import ExpertBank, Router
 from duomo.model.layers import Linear
+from duomo.train.banks import run_experts
+from duomo.train.frozen import FrozenBank, FrozenLinear
 from duomo.train.groups import group_of
 
+B = TypeVar("B", bound=nn.Module)
 LINEAR_GROUPS = ("attention", "dense", "shared", "resampler", "vision_tower")
 BANK_GROUPS = ("text_experts", "vision_experts")
 
@@ -47,9 +50,11 @@ def _start(*shape: int, generator: torch.Generator) -> nn.Parameter:
 class LoraLinear(nn.Module):
     """base(x) + scale * B A x; A is [r, in], B is [out, r]."""
 
-    def __init__(self, base: Linear, rank: int, scale: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, base: Linear | FrozenLinear, rank: int, scale: float, generator: torch.Generator
+    ) -> None:
         super().__init__()
-        out_size, in_size = base.weight.shape
+        out_size, in_size = base.shape if isinstance(base, FrozenLinear) else base.weight.shape
         self.base, self.scale = base, scale
         self.a = _start(rank, in_size, generator=generator)
         self.b = nn.Parameter(torch.zeros(out_size, rank))
@@ -60,16 +65,19 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> Linear:
-        self.base.weight.add_((self.b @ self.a).to(self.base.weight.dtype), alpha=self.scale)
-        return self.base
+        base = _plain(self.base, Linear)
+        base.weight.add_((self.b @ self.a).to(base.weight.dtype), alpha=self.scale)
+        return base
 
 
 class LoraBank(nn.Module):
     """A bank whose experts each have factors of their own for gate, up and down; the router is the base's."""
 
-    def __init__(self, base: ExpertBank, rank: int, scale: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, base: ExpertBank | FrozenBank, rank: int, scale: float, generator: torch.Generator
+    ) -> None:
         super().__init__()
-        num, width, size = base.down.shape
+        num, width, size = base.shape if isinstance(base, FrozenBank) else base.down.shape
         self.base, self.scale = base, scale
         self.gate_a = _start(num, rank, width, generator=generator)
         self.gate_b = nn.Parameter(torch.zeros(num, size, rank))
@@ -78,39 +86,44 @@ class LoraBank(nn.Module):
         self.down_a = _start(num, rank, size, generator=generator)
         self.down_b = nn.Parameter(torch.zeros(num, width, rank))
 
-    def forward(self, hidden_TD: Tensor) -> Tensor:
-        routing = self.base.router(hidden_TD)
-        num_chosen = routing.expert_ids_TK.shape[1]
-        pairs = routing.expert_ids_TK.flatten()
-        order = pairs.argsort(stable=True)
-        counts: list[int] = torch.bincount(pairs, minlength=self.gate_a.shape[0]).tolist()
-        rows = hidden_TD[order // num_chosen].split(counts)
-        outputs = [self._expert(expert, x) for expert, x in enumerate(rows) if x.shape[0]]
-        if not outputs:
-            return torch.zeros_like(hidden_TD)
-        out = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        pairs_TKD = torch.cat(outputs)[out].unflatten(0, (-1, num_chosen))
-        weighted: Tensor = pairs_TKD * routing.weights_TK[..., None]
-        return weighted.sum(1)
+    @property
+    def router(self) -> Router:
+        return self.base.router
 
-    def _expert(self, expert: int, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.base.gate_up[expert]).chunk(2, dim=-1)
-        gate = gate + self._added(x, self.gate_a[expert], self.gate_b[expert])
-        up = up + self._added(x, self.up_a[expert], self.up_b[expert])
-        inner = F.silu(gate) * up
-        return F.linear(inner, self.base.down[expert]) + self._added(
-            inner, self.down_a[expert], self.down_b[expert]
-        )
+    def forward(
+        self, hidden_TD: Tensor, chosen_TK: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        return run_experts(self, hidden_TD, chosen_TK, rows)
+
+    def expert_gate_up(self, x: Tensor, expert: int) -> Tensor:
+        gate = self._added(x, self.gate_a[expert], self.gate_b[expert])
+        added = torch.cat((gate, self._added(x, self.up_a[expert], self.up_b[expert])), dim=-1)
+        if isinstance(self.base, FrozenBank):
+            return self.base.expert_gate_up(x, expert) + added
+        return F.linear(x, self.base.gate_up[expert]) + added
+
+    def expert_down(self, inner: Tensor, expert: int) -> Tensor:
+        added = self._added(inner, self.down_a[expert], self.down_b[expert])
+        if isinstance(self.base, FrozenBank):
+            return self.base.expert_down(inner, expert) + added
+        return F.linear(inner, self.base.down[expert]) + added
 
     def _added(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return self.scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
     @torch.no_grad()
     def merged(self) -> ExpertBank:
+        base = _plain(self.base, ExpertBank)
         gate_up = torch.cat((self.gate_b @ self.gate_a, self.up_b @ self.up_a), dim=1)
-        self.base.gate_up.add_(gate_up.to(self.base.gate_up.dtype), alpha=self.scale)
-        self.base.down.add_((self.down_b @ self.down_a).to(self.base.down.dtype), alpha=self.scale)
-        return self.base
+        base.gate_up.add_(gate_up.to(base.gate_up.dtype), alpha=self.scale)
+        base.down.add_((self.down_b @ self.down_a).to(base.down.dtype), alpha=self.scale)
+        return base
+
+
+def _plain(base: nn.Module, kind: type[B]) -> B:
+    if not isinstance(base, kind):
+        raise TrainingError("a packed base cannot take an adapter in; `duomo merge` writes a plain one")
+    return base
 
 
 Adapter: TypeAlias = LoraLinear | LoraBank
@@ -121,12 +134,14 @@ def attach(model: nn.Module, plan: LoraPlan, seed: int = 0) -> dict[str, Adapter
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Adapter] = {}
     for name, module in list(model.named_modules()):
-        if isinstance(module, (Linear, ExpertBank)):
-            group = group_of(f"{name}.weight" if isinstance(module, Linear) else f"{name}.down")
-            rank = plan.ranks.get(group, 0)
+        if isinstance(module, (Linear, FrozenLinear)):
+            rank = plan.ranks.get(group_of(f"{name}.weight"), 0)
             if rank:
-                kind = LoraLinear if isinstance(module, Linear) else LoraBank
-                found[name] = kind(module, rank, plan.scale, generator)  # type: ignore[arg-type]
+                found[name] = LoraLinear(module, rank, plan.scale, generator)
+        elif isinstance(module, (ExpertBank, FrozenBank)):
+            rank = plan.ranks.get(group_of(f"{name}.down"), 0)
+            if rank:
+                found[name] = LoraBank(module, rank, plan.scale, generator)
     _check(plan, found)
     model.requires_grad_(False)
     for name, adapter in found.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from duomo.errors import TrainingError
-from duomo.processing.messages import Role
+from duomo.processing.messages import Role, Tool, ToolCall
 
 Fields = dict[str, Any]
 
@@ -33,6 +33,7 @@ class Turn:
     pieces: tuple[Piece, ...]
     is_supervised: bool = False
     reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @property
     def text(self) -> str:
@@ -46,6 +47,7 @@ class Row:
     turns: tuple[Turn, ...]
     source: str
     rejected: str | None = None
+    tools: tuple[Tool, ...] = ()
 
     @property
     def media(self) -> list[str]:
@@ -182,10 +184,12 @@ def _ernie_vision(fields: Fields, source: str) -> Row:
         if fields.get("is_system") and index < 2:
             turns += [_said("system", item["text"])] if index == 0 else []
             continue
-        said = _said("assistant" if is_answer else "user", item["text"], is_answer)
+        role: Role = "assistant" if is_answer else "tool" if item.get("tool_response") else "user"
+        said = _said(role, item["text"], is_answer)
         pieces = (*media.get(index, []), *said.pieces)
-        turns.append(Turn(said.role, pieces, said.is_supervised, said.reasoning))
-    return Row(tuple(turns), source)
+        calls = _calls(item, source) if is_answer else ()
+        turns.append(Turn(said.role, pieces, said.is_supervised, said.reasoning, calls))
+    return Row(tuple(turns), source, tools=_tools(fields))
 
 
 def _messages(fields: Fields, source: str) -> Row:
@@ -194,13 +198,40 @@ def _messages(fields: Fields, source: str) -> Row:
         role = message["role"]
         if role not in ("system", "user", "assistant", "tool"):
             raise ValueError(f"role {role!r} is none of system, user, assistant, tool")
-        content = message["content"]
+        calls = _calls(message, source)
+        content = (message.get("content") or "") if calls else message["content"]
+        is_answer = role == "assistant" and message.get("loss", True) is not False
         if isinstance(content, list):
             pieces = tuple(_openai_part(part) for part in content)
-            turns.append(Turn(role, pieces, role == "assistant"))
+            turns.append(Turn(role, pieces, is_answer, tool_calls=calls))
         else:
-            turns.append(_said(role, content, role == "assistant"))
-    return Row(tuple(turns), source)
+            said = _said(role, content, is_answer)
+            thought = said.reasoning or message.get("reasoning_content")
+            turns.append(Turn(role, said.pieces, is_answer, thought, calls))
+    return Row(tuple(turns), source, tools=_tools(fields))
+
+
+def _calls(message: Fields, source: str) -> tuple[ToolCall, ...]:
+    """OpenAI's calls (arguments a text of JSON) and ERNIEKit's (arguments an object)."""
+    found = []
+    for index, item in enumerate(_list(message.get("tool_calls") or [], "tool_calls")):
+        call = item.get("function", item)
+        arguments = call["arguments"]
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        if not isinstance(arguments, dict):
+            raise TypeError("a tool call's arguments must be an object")
+        name = _text(call["name"], "a tool call's name")
+        found.append(ToolCall(str(item.get("id", f"call-{index}")), name, arguments))
+    return tuple(found)
+
+
+def _tools(fields: Fields) -> tuple[Tool, ...]:
+    found = []
+    for item in _list(fields.get("tools") or [], "tools"):
+        tool = item.get("function", item)
+        name = _text(tool["name"], "a tool's name")
+        found.append(Tool(name, tool.get("description", ""), tool.get("parameters", {})))
+    return tuple(found)
 
 
 def _openai_part(part: Fields) -> Piece:
@@ -309,8 +340,10 @@ def _check_turns(row: Row) -> None:
         )
     need(any(turn.is_supervised for turn in spoken), "no answer is supervised, so nothing can be learnt")
     for turn in spoken:
-        need(turn.role != "assistant" or bool(turn.text.strip()), "an answer is empty")
-        need(any(p.value.strip() for p in turn.pieces), f"a turn of the {turn.role} is empty")
+        said = bool(turn.text.strip()) or bool(turn.tool_calls)
+        need(turn.role != "assistant" or said, "an answer is empty")
+        full = any(p.value.strip() for p in turn.pieces) or bool(turn.tool_calls)
+        need(full, f"a turn of the {turn.role} is empty")
     need(row.rejected is None or bool(row.rejected.strip()), "the rejected answer is empty")
     need(row.rejected is None or row.rejected != spoken[-1].text, "chosen and rejected are the same")
 

@@ -92,3 +92,8 @@ def preference_loss(kind: str, pairs: Pairs, settings: Settings | None = None) -
     if kind not in PREFERENCES:
         raise TrainingError(f"no preference loss {kind!r}; there are {', '.join(PREFERENCES)}", kind=kind)
     return PREFERENCES[kind](pairs, settings or Settings()).mean()
+
+
+def uses_reference(kind: str) -> bool:
+    """SimPO alone compares lengths, not models."""
+    return kind != "simpo"

@@ -45,8 +45,14 @@ def orthogonality_step(router: Router, rate: float) -> None:
 
 
 @torch.no_grad()
-def update_bias(seen: list[tuple[Router, Routing]], rate: float) -> None:
+def nudge_bias(router: Router, usage_E: Tensor, rate: float) -> None:
     """Raises the bias of experts used less than the mean and lowers that of the others, by one step."""
+    usage_E = usage_E.to(router.bias.device)
+    router.bias.add_(torch.sign(usage_E.mean() - usage_E), alpha=rate)
+
+
+def update_bias(seen: list[tuple[Router, Routing]], rate: float) -> None:
+    """`nudge_bias` by what one pass routed."""
     for router, routing in seen:
         usage_E = torch.bincount(routing.expert_ids_TK.flatten(), minlength=router.bias.numel()).float()
-        router.bias.add_(torch.sign(usage_E.mean() - usage_E), alpha=rate)
+        nudge_bias(router, usage_E, rate)

@@ -20,6 +20,11 @@ def token_loss(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     return total / (labels_T != IGNORE).sum().clamp(min=1)
 
 
+def summed_token_loss(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    """Sum over labels that are not IGNORE: what packs of one step add up, to be divided once."""
+    return F.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORE, reduction="sum")
+
+
 def token_balanced_loss(logits_TV: Tensor, labels_T: Tensor, tokens_per_step: int) -> Tensor:
     """The mean in value; the gradient of the sum / `tokens_per_step` (max_seq_len * rows)."""
     total = F.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORE, reduction="sum")

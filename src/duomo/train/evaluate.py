@@ -1,0 +1,49 @@
+"""How well a model answers rows it does not learn from: loss, tokens, whole answers.
+
+Whole answers here are teacher-forced: every token right given the right ones before it, which is exactly what
+greedy decoding would have answered. `duomo eval MODEL --data` uses the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from duomo.model import Ernie
+from duomo.train.forward import run_pack
+from duomo.train.packing import Budget, pack
+from duomo.train.samples import Samples
+from duomo.train.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Over `num_samples` rows: mean loss a token, share of tokens and of whole answers that are right."""
+
+    num_samples: int
+    num_tokens: int
+    loss: float
+    tokens_right: float
+    answers_right: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(50.0, self.loss))
+
+
+@torch.no_grad()
+def evaluate(model: Ernie, samples: Samples, settings: Settings) -> Evaluation:
+    budget = Budget(settings.max_tokens, settings.max_patches)
+    total, tokens, right, whole = 0.0, 0, 0, 0
+    for one in pack(samples.tokens, samples.patches, budget):
+        chosen = [samples[index] for index in one]
+        output = run_pack(model, [s.prompt for s in chosen], [s.labels for s in chosen])
+        is_right = output.right_L()
+        wrong_S = output.by_sequence((~is_right).float())
+        total -= float(output.log_probs().sum())
+        tokens += output.labels_L.numel()
+        right += int(is_right.sum())
+        whole += int((wrong_S == 0).sum())
+    return Evaluation(len(samples), tokens, total / tokens, right / tokens, whole / len(samples))

@@ -1,0 +1,75 @@
+"""One pass over a pack: whole sequences side by side, logits only where a label is.
+
+Sequences attend within themselves (`PackedCausal`) and their positions begin anew, so a pack computes what
+each would alone. All pictures of a pack go through the tower together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from duomo.model import Ernie, PackedCausal, build_batch
+from duomo.processing.patches import normalize
+from duomo.processing.prompt import Prompt
+from duomo.processing.template import IGNORE
+
+
+@dataclass(frozen=True, slots=True)
+class PackOutput:
+    """`logits_LV` of the L labelled tokens, their labels, and the sequence each belongs to."""
+
+    logits_LV: Tensor
+    labels_L: Tensor
+    sequence_L: Tensor
+    num_sequences: int
+    num_tokens: int
+
+    def log_probs(self) -> Tensor:
+        """[L] of the labels."""
+        return -F.cross_entropy(self.logits_LV.float(), self.labels_L, reduction="none")
+
+    def by_sequence(self, values_L: Tensor) -> Tensor:
+        """[S], summed over each sequence's labels."""
+        empty = torch.zeros(self.num_sequences, device=values_L.device, dtype=values_L.dtype)
+        return empty.index_add(0, self.sequence_L, values_L)
+
+    def right_L(self) -> Tensor:
+        return self.logits_LV.detach().argmax(-1) == self.labels_L
+
+
+def run_pack(
+    model: Ernie, prompts: Sequence[Prompt], labels: Sequence[Sequence[int]], autocast: bool = False
+) -> PackOutput:
+    """`labels[s][t]` is the id wanted after token t of sequence s, or IGNORE."""
+    device = model.decoder.norm.weight.device
+    spans = [prompt.spans for prompt in prompts]
+    media = [medium for prompt in prompts for medium in prompt.media]
+    with _precision(device, autocast):
+        features = None
+        if media:
+            patches = torch.from_numpy(normalize(np.concatenate([medium.patches for medium in media])))
+            features = model.encode(patches.to(device), [medium.grid for medium in media])
+        batch = build_batch([prompt.ids for prompt in prompts], model.config, spans, features, device)
+        flat = np.concatenate([np.asarray(one, dtype=np.int64) for one in labels])
+        rows = np.flatnonzero(flat != IGNORE)
+        owner = np.repeat(np.arange(len(prompts)), [len(prompt.ids) for prompt in prompts])
+        hidden = model(replace(batch, logit_rows=torch.from_numpy(rows).to(device)), PackedCausal())
+        logits = model.unembed(hidden)
+    return PackOutput(
+        logits,
+        torch.from_numpy(flat[rows]).to(device),
+        torch.from_numpy(owner[rows]).to(device),
+        len(prompts),
+        len(flat),
+    )
+
+
+def _precision(device: torch.device, autocast: bool) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext()

@@ -1,0 +1,34 @@
+"""The optimizer of a run and its rate over time: AdamW, groups by name, warmup, then a fall to a floor."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from duomo.train.groups import optimizer_groups
+from duomo.train.settings import Settings
+
+
+def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """Every group knows its name and its peak rate."""
+    groups = optimizer_groups(model, settings.rate, settings.rates, settings.weight_decay)
+    for group in groups:
+        group["peak"] = group["lr"]
+    return torch.optim.AdamW(groups, lr=settings.rate, betas=settings.betas, eps=settings.eps)
+
+
+def rate_factor(settings: Settings, step: int, num_steps: int) -> float:
+    """Of the peak rate, at a step from 0."""
+    warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    done = max(0, step - settings.warmup_steps) / max(1, num_steps - settings.warmup_steps)
+    if settings.schedule == "constant":
+        return warm
+    fall = (1 + math.cos(math.pi * done)) / 2 if settings.schedule == "cosine" else 1 - done
+    return warm * (settings.floor + (1 - settings.floor) * fall)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
