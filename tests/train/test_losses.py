@@ -132,7 +132,7 @@ def test_sequence_log_probs_by_hand() -> None:
         ("sigmoid", -math.log(1 / (1 + math.exp(-0.5 * 2)))),
         ("hinge", 0.0),
         ("ipo", ((1 / 2 - -1 / 4) - 1) ** 2),
-        ("simpo", -math.log(1 / (1 + math.exp(-0.5 * ((-4 / 2 - -8 / 4) - 0.5))))),
+        ("simpo", -math.log(1 / (1 + math.exp(-(0.5 * (-4 / 2 - -8 / 4) - 0.5))))),
         ("dpop", -math.log(1 / (1 + math.exp(-0.5 * 2)))),
     ],
 )

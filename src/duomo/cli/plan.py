@@ -1,10 +1,10 @@
-"""`duomo plan`: what of a checkpoint fits a machine, before anything is loaded."""
+"""`duomo plan`: what of a checkpoint fits a machine, or what a recipe would train, before it is done."""
 
 from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 def plan(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and .safetensors files.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder with config.json and .safetensors files, or a RECIPE.yaml.")
+    ],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045 typer reads this at run time, on Python 3.10 too
+        typer.Argument(help="key=value, over a recipe"),
+    ] = None,
     ram: Annotated[str, typer.Option(help="Memory that duomo may use, as 16G.")] = "16G",
     disk: Annotated[
         bool, typer.Option("--disk", help="Let experts that do not fit be read from disk; measures the disk.")
@@ -22,6 +28,9 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what stays in memory, what a token reads, and the bound that memory's speed puts on decoding."""
+    if checkpoint.suffix in (".yaml", ".yml"):
+        _plan_recipe(checkpoint, overrides or [])
+        return
     from duomo.checkpoints.bandwidth import disk_bytes_per_s, memory_bytes_per_s
     from duomo.checkpoints.files import weight_files
     from duomo.checkpoints.fit import fit, parse_bytes
@@ -42,6 +51,17 @@ def plan(
     disk_speed = disk_bytes_per_s(weight_files(checkpoint)[0]) if disk else None
     facts = _facts(inventory, result, memory_speed, disk_speed)
     print(json_module.dumps(facts, indent=2)) if json else _show(facts)
+
+
+def _plan_recipe(recipe: Path, overrides: list[str]) -> None:
+    from duomo.train.planning import plan_lines, plan_recipe
+    from duomo.train.settings import read_settings
+
+    reading = read_settings(recipe, overrides)
+    for warning in reading.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    for line in plan_lines(plan_recipe(reading.settings)):
+        print(line)
 
 
 def _facts(

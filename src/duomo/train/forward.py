@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from duomo.model import Ernie, PackedCausal, build_batch
 from duomo.processing.patches import normalize
-from duomo.processing.prompt import Prompt
+from duomo.processing.prompt import Grid, Prompt
 from duomo.processing.template import IGNORE
 
 
@@ -45,9 +45,17 @@ class PackOutput:
 
 
 def run_pack(
-    model: Ernie, prompts: Sequence[Prompt], labels: Sequence[Sequence[int]], autocast: bool = False
+    model: Ernie,
+    prompts: Sequence[Prompt],
+    labels: Sequence[Sequence[int]],
+    autocast: bool = False,
+    always_encode: bool = False,
 ) -> PackOutput:
-    """`labels[s][t]` is the id wanted after token t of sequence s, or IGNORE."""
+    """`labels[s][t]` is the id wanted after token t of sequence s, or IGNORE.
+
+    `always_encode`: a pack without pictures runs the tower on a blank one and adds nothing of it, since over
+    several processes every exchange needs all of them, in the same order.
+    """
     device = model.decoder.norm.weight.device
     spans = [prompt.spans for prompt in prompts]
     media = [medium for prompt in prompts for medium in prompt.media]
@@ -57,6 +65,10 @@ def run_pack(
             patches = torch.from_numpy(normalize(np.concatenate([medium.patches for medium in media])))
             features = model.encode(patches.to(device), [medium.grid for medium in media])
         batch = build_batch([prompt.ids for prompt in prompts], model.config, spans, features, device)
+        if always_encode and not media and model.vision_tower is not None:
+            blank = model.encode(torch.zeros(4, 588, device=device), [Grid(1, 2, 2)])
+            no_rows = torch.zeros(0, dtype=torch.int64, device=device)
+            batch = replace(batch, feature_rows=no_rows, features_RD=blank[:0])
         flat = np.concatenate([np.asarray(one, dtype=np.int64) for one in labels])
         rows = np.flatnonzero(flat != IGNORE)
         owner = np.repeat(np.arange(len(prompts)), [len(prompt.ids) for prompt in prompts])

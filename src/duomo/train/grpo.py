@@ -70,12 +70,12 @@ class Rollouts:
         questions = [index for pack in packs for index in pack]
         groups = [self._judge(group) for group in self._draw(questions)]
         answers = [drawn for group in groups for drawn in group]
+        report = StepReport(num_judged=len(answers), num_right=sum(d.reward >= 1 for d in answers))
+        report.values["true_reward"] = sum(drawn.reward for drawn in answers) / len(answers)
         if asked.shuffled:
             self._shuffle(answers)
         for group in groups:
             _compare(group)
-        report = StepReport(num_judged=len(answers), num_right=sum(d.reward >= 1 for d in answers))
-        report.values["reward"] = sum(drawn.reward for drawn in answers) / len(answers)
         report.values["answer_tokens"] = sum(len(drawn.ids) for drawn in answers) / len(answers)
         told = [drawn for drawn in answers if drawn.advantage]
         report.values["groups_that_differ"] = len({drawn.index for drawn in told}) / len(set(questions))

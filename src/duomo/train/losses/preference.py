@@ -61,7 +61,8 @@ def _ipo(pairs: Pairs, settings: Settings) -> Tensor:
 
 def _simpo(pairs: Pairs, settings: Settings) -> Tensor:
     margin = pairs.chosen / pairs.chosen_length - pairs.rejected / pairs.rejected_length
-    return -F.logsigmoid(settings.beta * (margin - settings.simpo_gamma))
+    scaled, smooth = settings.beta * margin - settings.simpo_gamma, settings.label_smoothing
+    return -(1 - smooth) * F.logsigmoid(scaled) - smooth * F.logsigmoid(-scaled)
 
 
 def _dpop(pairs: Pairs, settings: Settings) -> Tensor:
