@@ -1,0 +1,201 @@
+"""`python -m duomo.bench.training`: a training step of ours beside transformers' own class, one run.
+
+Same sizes, same weights (transformers saves, we load), same ids, pictures and labels, fp32, AdamW over all
+parameters. Steps alternate, so load and clock strike both alike; medians are of the same number of steps.
+The first losses must agree, or nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from duomo.checkpoints import load_model
+from duomo.errors import Error
+from duomo.model import Ernie, PackedCausal, build_batch
+
+Grid = namedtuple("Grid", "frames rows columns")
+Span = namedtuple("Span", "start grid")
+SIDE = 8  # patches: 16 tokens a picture
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """B rows of L tokens, a picture near the start of each, the second half of each row supervised."""
+
+    ids_BL: Tensor
+    labels_BL: Tensor
+    patches_PX: Tensor
+    spans: list[list[Span]]
+
+
+def sizes(name: str) -> dict[str, Any]:
+    """`spec` is the model of spec/training.md 6.3; `tiny` has the embedded model's sizes."""
+    if name == "tiny":
+        text = {
+            "vocab_size": 4096, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6,
+            "num_attention_heads": 6, "num_key_value_heads": 2, "moe_intermediate_size": [192, 64],
+            "moe_num_experts": 8, "moe_num_shared_experts": 1, "moe_k": 2,
+            "mlp_layer_types": ["dense"] + ["sparse"] * 5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [6, 6, 4]},
+        }  # fmt: skip
+        return {
+            "text": text,
+            "vision": {"depth": 6, "hidden_size": 128, "intermediate_size": 512, "num_heads": 4},
+        }
+    text = {
+        "vocab_size": 512, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "moe_intermediate_size": [96, 32],
+        "moe_num_experts": 16, "moe_num_shared_experts": 1, "moe_k": 4,
+        "mlp_layer_types": ["dense"] + ["sparse"] * 3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [6, 6, 4]},
+    }  # fmt: skip
+    return {"text": text, "vision": {"depth": 2, "hidden_size": 64, "intermediate_size": 256, "num_heads": 2}}
+
+
+def build_theirs(name: str) -> Any:
+    from transformers import Ernie4_5_VLMoeConfig, Ernie4_5_VLMoeForConditionalGeneration
+
+    found = sizes(name)
+    last = found["text"]["vocab_size"] - 1
+    config = Ernie4_5_VLMoeConfig(
+        text_config=found["text"],
+        vision_config=found["vision"],
+        image_token_id=last - 5,
+        image_start_token_id=last - 3,
+        image_end_token_id=last - 2,
+        video_token_id=last - 4,
+        video_start_token_id=last - 1,
+        video_end_token_id=last,
+    )
+    torch.manual_seed(0)
+    model: Any = Ernie4_5_VLMoeForConditionalGeneration(config)  # fp32, as built
+    return model.train()
+
+
+def build_work(ours: Ernie, rows: int, length: int) -> Work:
+    rng = np.random.default_rng(0)
+    ids = ours.config.ids
+    tokens = (SIDE // 2) ** 2
+    ids_BL = rng.integers(3, ours.config.vocab_size - 8, (rows, length))
+    ids_BL[:, 4], ids_BL[:, 5 : 5 + tokens], ids_BL[:, 5 + tokens] = (
+        ids.image_start,
+        ids.image_patch,
+        ids.image_end,
+    )
+    labels = np.full_like(ids_BL, -100)
+    labels[:, length // 2 :] = ids_BL[:, length // 2 :]
+    patches = torch.from_numpy(rng.standard_normal((rows * SIDE * SIDE, 588), dtype=np.float32))
+    spans = [[Span(5, Grid(1, SIDE, SIDE))] for _ in range(rows)]
+    return Work(torch.from_numpy(ids_BL), torch.from_numpy(labels), patches, spans)
+
+
+def our_loss(model: Ernie, work: Work) -> Tensor:
+    """As the training kit does it: whole sequences side by side, logits only where a label is."""
+    features = model.encode(work.patches_PX, [span.grid for row in work.spans for span in row])
+    batch = build_batch(work.ids_BL.tolist(), model.config, work.spans, features)
+    wanted = F.pad(work.labels_BL[:, 1:], (0, 1), value=-100).flatten()
+    rows = (wanted != -100).nonzero().flatten()
+    hidden = model(replace(batch, logit_rows=rows), PackedCausal())
+    return F.cross_entropy(model.unembed(hidden), wanted[rows])
+
+
+def their_loss(model: Any, work: Work, patch_id: int) -> Tensor:
+    rows, length = work.ids_BL.shape
+    is_patch = (work.ids_BL == patch_id).long()
+    is_vision = is_patch.clone()
+    for row, spans in enumerate(work.spans):
+        for span in spans:  # the marks around a picture go to the vision experts too
+            is_vision[row, span.start - 1 : span.start + SIDE * SIDE // 4 + 1] = 1
+    output = model(
+        input_ids=work.ids_BL,
+        attention_mask=torch.ones(rows, length, dtype=torch.int64),
+        mm_token_type_ids=is_patch,
+        moe_mm_token_type_ids=is_vision,
+        pixel_values=work.patches_PX,
+        image_grid_thw=torch.tensor([list(span.grid) for spans in work.spans for span in spans]),
+        labels=work.labels_BL,
+    )
+    return output.loss  # type: ignore[no-any-return]
+
+
+def stepper(model: torch.nn.Module, loss: Callable[[], Tensor]) -> Callable[[], tuple[float, float]]:
+    """A whole step; returns (seconds, loss)."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+
+    def step() -> tuple[float, float]:
+        started = time.perf_counter()
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        return time.perf_counter() - started, float(value.detach())
+
+    return step
+
+
+def compare(name: str, rows: int, length: int, steps: int) -> dict[str, Any]:
+    theirs = build_theirs(name)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = load_model(folder).train()
+    work = build_work(ours, rows, length)
+    patch_id = ours.config.ids.image_patch
+    steps_of = {
+        "duomo": stepper(ours, lambda: our_loss(ours, work)),
+        "transformers": stepper(theirs, lambda: their_loss(theirs, work, patch_id)),
+    }
+    first = {who: step()[1] for who, step in steps_of.items()}
+    if abs(first["duomo"] - first["transformers"]) > 1e-4:
+        raise Error(f"the losses differ, so the two do not compute the same: {first}")
+    seconds: dict[str, list[float]] = {who: [] for who in steps_of}
+    for _ in range(steps):
+        for who, step in steps_of.items():
+            seconds[who].append(step()[0])
+    medians = {who: statistics.median(values) for who, values in seconds.items()}
+    ratios = [t / o for o, t in zip(seconds["duomo"], seconds["transformers"], strict=True)]
+    return {
+        "sizes": name, "rows": rows, "length": length, "pictures": rows, "steps": steps,
+        "parameters": sum(p.numel() for p in ours.parameters()),
+        "tokens_per_s": {who: round(rows * length / value) for who, value in medians.items()},
+        "median_step_s": {who: round(value, 4) for who, value in medians.items()},
+        "median_ratio": round(statistics.median(ratios), 3),
+        "first_loss": {who: round(value, 6) for who, value in first.items()},
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", nargs="*", default=["spec", "tiny"], choices=["spec", "tiny"])
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    results = [compare(name, options.rows, options.length, options.steps) for name in options.sizes]
+    text = json.dumps(results, indent=1)
+    print(text)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
