@@ -69,7 +69,7 @@ size_t scratch_bytes(const Code& code, int64_t steps, int64_t seam_half, int lan
 }
 
 void encode(const Code& code, const uint16_t* targets, int64_t num_streams, int64_t steps, int64_t seam_steps,
-            uint8_t* symbols, int num_threads, const char* isa) {
+            int num_turns, uint8_t* symbols, int num_threads, const char* isa) {
     if (num_streams <= 0 || steps <= 0) return;
     const int64_t seam_half = seam_steps / 2 < steps ? seam_steps / 2 : steps;
     const int widest = choose(isa, num_streams).lanes;
@@ -83,8 +83,8 @@ void encode(const Code& code, const uint16_t* targets, int64_t num_streams, int6
             const int64_t count = left < widest ? left : widest;
             const Encoder& encoder = choose(isa, count);
             gather(targets, first, count, steps, encoder.lanes, static_cast<uint16_t*>(in.get()));
-            encoder.encode(code, static_cast<uint16_t*>(in.get()), steps, seam_half, static_cast<uint8_t*>(out.get()),
-                           scratch.get());
+            encoder.encode(code, static_cast<uint16_t*>(in.get()), steps, seam_half, num_turns,
+                           static_cast<uint8_t*>(out.get()), scratch.get());
             scatter(static_cast<uint8_t*>(out.get()), first, count, steps, encoder.lanes, symbols);
         }
     };

@@ -31,8 +31,8 @@ struct Code {
 };
 
 // One group of lanes. `targets` and `symbols` are [steps][lanes]; `scratch` has scratch_bytes() and is 64-byte aligned.
-using EncodeGroup = void (*)(const Code&, const uint16_t* targets, int64_t steps, int64_t seam_half, uint8_t* symbols,
-                             void* scratch);
+using EncodeGroup = void (*)(const Code&, const uint16_t* targets, int64_t steps, int64_t seam_half, int num_turns,
+                             uint8_t* symbols, void* scratch);
 
 struct Encoder {
     const char* name;
@@ -48,6 +48,6 @@ size_t scratch_bytes(const Code& code, int64_t steps, int64_t seam_half, int lan
 
 // Streams [num_streams][steps], any number of them. `isa` caps the instruction set: "", "portable", "avx2", "avx512".
 void encode(const Code& code, const uint16_t* targets, int64_t num_streams, int64_t steps, int64_t seam_steps,
-            uint8_t* symbols, int num_threads, const char* isa);
+            int num_turns, uint8_t* symbols, int num_threads, const char* isa);
 
 }  // namespace duomo::viterbi

@@ -88,24 +88,38 @@ struct Group {
         return from;
     }
 
-    // The state before the last `stop` of `steps` steps, from the states after them; symbols where wanted.
-    void trace_back(int* states, int64_t steps, int64_t stop, uint8_t* symbols) const {
+    // The state before the last `stop` of `steps` steps, from the states after them; symbols where wanted, the first
+    // of them at `shift` and the rest around the circle.
+    void trace_back(int* states, int64_t steps, int64_t stop, uint8_t* symbols, int64_t shift = 0) const {
         const size_t step_words = size_t(num_states / per_word) * V::lanes;
         for (int64_t step = steps - 1; step >= steps - stop; --step)
             for (int lane = 0; lane < V::lanes; ++lane) {
                 const int state = states[lane];
                 const uint16_t word = decisions[step * step_words + size_t(state / per_word) * V::lanes + lane];
                 const int oldest = word >> (B * (per_word - 1 - state % per_word)) & (branches - 1);
-                if (symbols) symbols[(step - (steps - stop)) * V::lanes + lane] = uint8_t(state & (branches - 1));
+                if (symbols) symbols[(step - (steps - stop) + shift) % stop * V::lanes + lane] = uint8_t(state & (branches - 1));
                 states[lane] = (state >> B) | (oldest << (code.window - 2 * B));
             }
     }
 
-    void encode(const uint16_t* targets, int64_t steps, int64_t seam_half, uint8_t* symbols) {
+    // The best circle that passes step `start` in the given states.
+    void pinned(const uint16_t* targets, int64_t start, int64_t steps, const int* seam, uint8_t* symbols) {
+        const size_t count = size_t(num_states) * V::lanes;
+        int end[V::lanes];
+        for (size_t i = 0; i < count; ++i) metrics[0][i] = 0xFFFF;
+        for (int lane = 0; lane < V::lanes; ++lane) {
+            metrics[0][size_t(seam[lane]) * V::lanes + lane] = 0;
+            end[lane] = seam[lane];
+        }
+        run(targets + start * V::lanes, steps - start, targets, start);
+        trace_back(end, steps, steps, symbols, start);
+    }
+
+    void encode(const uint16_t* targets, int64_t steps, int64_t seam_half, int num_turns, uint8_t* symbols) {
         const size_t count = size_t(num_states) * V::lanes;
         for (size_t i = 0; i < count; ++i) metrics[0][i] = 0;
         const int last = run(targets + (steps - seam_half) * V::lanes, seam_half, targets, seam_half);
-        int seam[V::lanes], end[V::lanes];
+        int seam[V::lanes];
         for (int lane = 0; lane < V::lanes; ++lane) {
             int best = 0;
             for (int state = 1; state < num_states; ++state)
@@ -115,23 +129,27 @@ struct Group {
             seam[lane] = best;
         }
         trace_back(seam, 2 * seam_half, seam_half, nullptr);
-        for (size_t i = 0; i < count; ++i) metrics[0][i] = 0xFFFF;
-        for (int lane = 0; lane < V::lanes; ++lane) {
-            metrics[0][size_t(seam[lane]) * V::lanes + lane] = 0;
-            end[lane] = seam[lane];
+        pinned(targets, 0, steps, seam, symbols);
+        for (int turn = 1; turn < num_turns; ++turn) {
+            const int64_t start = steps * turn / num_turns;
+            for (int lane = 0; lane < V::lanes; ++lane) {
+                int state = 0;
+                for (int64_t age = (code.window / B) - 2; age >= 0; --age)
+                    state = state << B | symbols[((start - 1 - age) % steps + steps) % steps * V::lanes + lane];
+                seam[lane] = state;
+            }
+            pinned(targets, start, steps, seam, symbols);
         }
-        run(targets, steps, nullptr, 0);
-        trace_back(end, steps, steps, symbols);
     }
 };
 
 template <class V>
-void encode_group(const Code& code, const uint16_t* targets, int64_t steps, int64_t seam_half, uint8_t* symbols,
-                  void* scratch) {
+void encode_group(const Code& code, const uint16_t* targets, int64_t steps, int64_t seam_half, int num_turns,
+                  uint8_t* symbols, void* scratch) {
     if (code.bits == 2)
-        Group<V, 2>(code, scratch).encode(targets, steps, seam_half, symbols);
+        Group<V, 2>(code, scratch).encode(targets, steps, seam_half, num_turns, symbols);
     else
-        Group<V, 4>(code, scratch).encode(targets, steps, seam_half, symbols);
+        Group<V, 4>(code, scratch).encode(targets, steps, seam_half, num_turns, symbols);
 }
 
 }  // namespace

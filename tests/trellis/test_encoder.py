@@ -41,6 +41,19 @@ def test_a_decodable_stream_is_found_again():
     np.testing.assert_array_equal(decode_streams(symbols, code), levels)
 
 
+def test_turning_the_seam_only_brings_circles_nearer():
+    code, targets = LCC2_10, gaussian(12, 40, seed=8) / np.float32(LCC2_10.unit)
+    fixed = viterbi.fixed_point(targets, code).astype(np.int64)
+
+    def cost(num_turns):
+        symbols = viterbi.encode_fixed(fixed.astype(np.uint16), code, seam_steps=8, num_turns=num_turns)
+        levels = (decode_streams(symbols, code).astype(np.int64) + 64) << 8
+        return ((levels - fixed) ** 2 >> 16).sum(1)
+
+    once, twice = cost(1), cost(2)
+    assert (twice <= once).all() and (twice < once).any()
+
+
 @pytest.mark.parametrize("rows, columns", [(64, 64), (128, 48)])
 def test_matrix_round_trip(rows, columns):
     weight = gaussian(rows, columns, seed=3) * np.float32(0.02)

@@ -47,6 +47,7 @@ def test_threads_and_neighbours_do_not_matter():
     [
         ({"bits": 3}, "2 or 4 bits"),
         ({"seam_steps": -1}, "seam_steps"),
+        ({"num_turns": 0}, "num_turns"),
         ({"columns": [1] * 12}, "newest and oldest"),
     ],
 )
@@ -57,6 +58,7 @@ def test_the_binding_refuses_what_it_cannot_do(change, words):
         "levels": np.zeros(64, np.uint16),
         "bits": 2,
         "seam_steps": 8,
+        "num_turns": 1,
         "num_threads": 1,
         "isa": "",
     } | {key: np.array(value, np.uint8) if key == "columns" else value for key, value in change.items()}

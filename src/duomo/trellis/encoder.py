@@ -33,7 +33,13 @@ def native() -> Any:
     return module if hasattr(module, "viterbi_encode") else None
 
 
-def encode(targets: F32, code: TrellisCode, seam_steps: int = viterbi.SEAM_STEPS, num_threads: int = 1) -> U8:
+def encode(
+    targets: F32,
+    code: TrellisCode,
+    seam_steps: int = viterbi.SEAM_STEPS,
+    num_threads: int = 1,
+    num_turns: int = viterbi.NUM_TURNS,
+) -> U8:
     """Targets [S, T] in codebook units -> symbols [S, T] of tail-biting streams.
 
     The native encoder works on 32 streams at once; `num_threads` splits the rest. Same result everywhere.
@@ -41,8 +47,8 @@ def encode(targets: F32, code: TrellisCode, seam_steps: int = viterbi.SEAM_STEPS
     fixed = viterbi.fixed_point(targets, code)
     module = native()
     if module is None:
-        return viterbi.encode_fixed(fixed, code, seam_steps)
-    return encode_native(module, fixed, code, seam_steps, num_threads, CPU_ISA.get())
+        return viterbi.encode_fixed(fixed, code, seam_steps, num_turns)
+    return encode_native(module, fixed, code, seam_steps, num_threads, CPU_ISA.get(), num_turns)
 
 
 def encode_native(
@@ -52,6 +58,7 @@ def encode_native(
     seam_steps: int,
     num_threads: int,
     isa: str,
+    num_turns: int = viterbi.NUM_TURNS,
 ) -> U8:
     """`viterbi.encode_fixed` by the compiled module, its instruction set capped by `isa`."""
     columns = np.asarray(code.columns, np.uint8)
@@ -62,6 +69,7 @@ def encode_native(
         levels.astype(np.uint16),
         code.bits,
         seam_steps,
+        num_turns,
         num_threads,
         isa,
     )
