@@ -1,6 +1,7 @@
 """The quantized file: round trips, readable by safetensors itself, and every kind of damage named."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,6 +62,16 @@ def test_a_folder_is_the_union_of_its_files(tensors, tmp_path):
     write_quantized(tmp_path / "again.safetensors", {"layer.q": tensors["layer.q"]})
     with pytest.raises(CorruptFile, match=r"layer.q is in both again.safetensors"):
         open_quantized(tmp_path)
+
+
+def test_a_file_is_read_by_its_own_code_tables(tmp_path):
+    """Shipped tables may improve: a file written before goes on meaning what it meant."""
+    older = replace(LCC2_10, codebook=tuple(-level for level in LCC2_10.codebook), unit=0.05)
+    tensor = encode_matrix(gaussian(64, 32), older, seed=9)
+    write_quantized(tmp_path / "old.safetensors", {"w": tensor})
+    read = QuantizedFile(tmp_path / "old.safetensors").read("w")
+    assert read.code == older != LCC2_10
+    torch.testing.assert_close(dequantize(read), dequantize(tensor), rtol=0, atol=0)
 
 
 def test_safetensors_can_read_it(tensors, path):

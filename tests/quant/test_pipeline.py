@@ -144,7 +144,9 @@ def test_without_calibration_it_rounds_and_says_so(source, tmp_path):
 def test_auto_spends_its_budget(source, tmp_path):
     two = quantize(source, tmp_path / "two", "2")["parts"]["everything"]["bytes"]
     report = quantize(source, tmp_path / "auto", "auto", prompts(), budget_bytes=two + 20_000)
-    assert len(report["plan"]["raised_layers"]) == 1
+    costs, raised = report["sensitivities"], report["plan"]["raised"]
+    assert set(costs) == {"1.text", "1.vision", "2.text", "2.vision"} and len(raised) >= 1
+    assert all(cost > 0 for cost in costs.values())
     assert two < report["parts"]["everything"]["bytes"] <= two + 20_000
     with pytest.raises(ConfigError, match="the least this plan can do"):
         quantize(source, tmp_path / "no", "auto", prompts(), budget_bytes=1000)

@@ -6,7 +6,7 @@ import torch
 from duomo.errors import ConfigError
 from duomo.model import Ernie, preset
 from duomo.quant.judge import compare_logits, summarize
-from duomo.quant.plan import Kind, build_plan, raise_layers
+from duomo.quant.plan import Kind, build_plan, raise_banks
 from duomo.quant.report import part_of, size_by_part
 from duomo.trellis import encode_matrix
 
@@ -41,9 +41,9 @@ def test_kinds(name, kind):
     assert build_plan("2", VL).kind(name) is kind
 
 
-def test_presets_raise_layers():
+def test_presets_raise_banks():
     assert build_plan("2", VL).raised == frozenset()
-    assert build_plan("2.3", VL).raised == {1, 27}
+    assert build_plan("2.3", VL).raised == {"1.text", "1.vision", "27.text", "27.vision"}
     assert build_plan("4", VL).kind("decoder.layers.9.mlp.text.down") is Kind.FOUR
 
 
@@ -75,11 +75,11 @@ def test_a_budget_goes_where_it_saves_most():
     plan = build_plan("auto", VL)
     least = sum(plan.num_bytes(name, shape) for name, shape in small.items())
     one = 4 * 64 * 64 * 2 // 8
-    errors = {0: 0.1, 1: 0.3, 2: 0.2}
-    assert raise_layers(plan, small, errors, least + 2 * one).raised == {1, 2}
-    assert raise_layers(plan, small, errors, least + one - 1).raised == frozenset()
+    errors = {"0.text": 0.1, "1.text": 0.3, "2.text": 0.2}
+    assert raise_banks(plan, small, errors, least + 2 * one).raised == {"1.text", "2.text"}
+    assert raise_banks(plan, small, errors, least + one - 1).raised == frozenset()
     with pytest.raises(ConfigError, match="the least this plan can do"):
-        raise_layers(plan, small, errors, least - 1)
+        raise_banks(plan, small, errors, least - 1)
 
 
 def test_parts():

@@ -53,11 +53,22 @@ def quantize(
             preset(code),
             threads or len(os.sched_getaffinity(0)),
             lambda step: bar.update(
-                task, completed=step.done, total=step.total, left=f"{step.seconds_left:.0f} s left"
+                task,
+                description=step.what,
+                completed=step.done,
+                total=step.total,
+                left=_left(step.seconds_left),
             ),
         )
     everything = report["parts"]["everything"]
     print(f"{target}: {report['file_bytes']:,} bytes, {everything['bits']:.3f} bits a weight; see report.md")
+
+
+def _left(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s left"
+    return f"{minutes} min left" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min left"
 
 
 def _bytes(text: str) -> int:

@@ -85,10 +85,13 @@ class LayerQuantizer:
     def tokens_per_expert(self) -> dict[str, list[int]]:
         return {name.rpartition(".")[2]: grams[0].num_tokens for name, grams in self.recorder.banks.items()}
 
-    def quantize(self) -> tuple[dict[str, Stored], list[TensorReport]]:
+    def quantize(self, prefix: str = "") -> tuple[dict[str, Stored], list[TensorReport]]:
+        """The parameters whose names begin with `prefix`, by their full names, and what each cost."""
         stored: dict[str, Stored] = {}
         reports: list[TensorReport] = []
         for name, parameter in self.layer.named_parameters():
+            if not name.startswith(prefix):
+                continue
             full = f"decoder.layers.{self.index}.{name}"
             kind = self.plan.kind_for(full, tuple(parameter.shape))
             code = self.plan.code(kind)

@@ -37,9 +37,12 @@ def check_memory(config: ModelConfig, num_tokens: int, allowed_bytes: int) -> No
     """ConfigError, with what would fit, where the peak is above what was allowed."""
     needed = peak_bytes(config, num_tokens)
     if needed > allowed_bytes:
+        fitting = num_tokens - (needed - allowed_bytes) // (peak_bytes(config, 1) - peak_bytes(config, 0))
+        fitting = max(0, fitting // 1000 * 1000)
+        how = f"{fitting:,} tokens would fit" if fitting else "no number of tokens would fit"
         raise ConfigError(
-            f"quantizing needs about {needed / 1e9:.1f} GB for {num_tokens} calibration tokens, "
-            f"{allowed_bytes / 1e9:.1f} GB are allowed; calibrate on fewer tokens or allow more",
+            f"quantizing needs about {needed / 1e9:.1f} GB for {num_tokens:,} calibration tokens, "
+            f"{allowed_bytes / 1e9:.1f} GB are allowed; {how}",
             needed=needed,
             allowed=allowed_bytes,
         )

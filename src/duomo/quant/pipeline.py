@@ -32,8 +32,9 @@ from duomo.processing.prompt import Prompt
 from duomo.quant.calibration import CalibrationBatch, build_batches
 from duomo.quant.judge import LayerJudge, judge_logits
 from duomo.quant.layer import LayerQuantizer, TensorReport, quantize_outside
-from duomo.quant.plan import BitPlan, build_plan, raise_layers
+from duomo.quant.plan import BitPlan, build_plan, least_bytes, raise_banks
 from duomo.quant.report import write_report
+from duomo.quant.sensitivity import empty_outside, measure_banks
 from duomo.quant.walk import embed_batches, walk
 from duomo.trellis.code import LCC2_12, TrellisCode
 
@@ -70,8 +71,11 @@ def quantize(
     source, target = Path(source), Path(target)
     stream = CheckpointStream(source)
     plan = bits if isinstance(bits, BitPlan) else build_plan(bits, stream.config, code)
-    plan = _settle_plan(plan, stream, budget_bytes, calibration)
-    run = _Run(source, target, stream, plan, calibration, num_threads, progress)
+    if plan.name == "auto":
+        if not budget_bytes or not calibration:
+            raise ConfigError("--bits auto needs a budget of bytes and calibration prompts to measure with")
+        least_bytes(plan, _shapes(stream), budget_bytes)
+    run = _Run(source, target, stream, plan, calibration, budget_bytes, num_threads, progress)
     return run.go()
 
 
@@ -83,17 +87,21 @@ class _Run:
         stream: CheckpointStream,
         plan: BitPlan,
         calibration: Sequence[Prompt],
+        budget_bytes: int,
         num_threads: int,
         progress: Callable[[Progress], None],
     ) -> None:
         self.source, self.target, self.stream, self.plan = source, target, stream, plan
         self.calibration, self.num_threads, self.progress = calibration, num_threads, progress
+        self.budget_bytes = budget_bytes
         self.work = target / WORK
         self.started, self.pieces_here = time.monotonic(), 0
         self.total = len(stream.config.expert_layers) + 2
 
     def go(self) -> dict[str, Any]:
         self._claim()
+        if self.plan.name == "auto":
+            self.plan = raise_banks(self.plan, _shapes(self.stream), self._sensitivities(), self.budget_bytes)
         self._outside()
         for index in range(len(self.stream.config.expert_layers)):
             self._layer(index)
@@ -105,7 +113,9 @@ class _Run:
 
     def _claim(self) -> None:
         """Marks the folder as this run's, or finds that it already is."""
-        mine = json.dumps(_fingerprint(self.source, self.plan, self.calibration), sort_keys=True)
+        mine = json.dumps(
+            _fingerprint(self.source, self.plan, self.calibration, self.budget_bytes), sort_keys=True
+        )
         mark = self.work / "run.json"
         if mark.exists():
             if mark.read_text() != mine:
@@ -117,6 +127,20 @@ class _Run:
             raise ConfigError(f"{self.target} is not empty; give a new folder")
         self.work.mkdir(parents=True)
         _write_text(mark, mine)
+
+    def _sensitivities(self) -> dict[str, float]:
+        """Measured once; a run taken up again reads them."""
+        path, layers = self.work / "sensitivities.json", len(self.stream.config.expert_layers)
+        if not path.exists():
+            started = time.monotonic()
+
+            def note(done: int) -> None:
+                left = (time.monotonic() - started) / done * (layers - done)
+                self.progress(Progress(done, layers, left, "measuring sensitivities"))
+
+            costs = measure_banks(self.stream, self.calibration, self.plan, self.num_threads, note)
+            _write_text(path, json.dumps(costs))
+        return dict(json.loads(path.read_text()))
 
     def _piece(self, number: int) -> Path:
         return self.target / f"model-{number:05d}.safetensors"
@@ -133,12 +157,12 @@ class _Run:
         (self.work / f"states-{number - 1}.safetensors").unlink(missing_ok=True)
         self.pieces_here += 1
         pace = (time.monotonic() - self.started) / self.pieces_here
-        self.progress(Progress(number + 1, self.total, pace * (self.total - number - 1), f"piece {number}"))
+        self.progress(Progress(number + 1, self.total, pace * (self.total - number - 1), "quantizing"))
 
     def _outside(self) -> None:
         """Embeddings, head, norm, tower and resampler; and the prompts embedded, by both models."""
         self.piece_started = time.monotonic()
-        self.model = _empty_outside(self.stream)
+        self.model = empty_outside(self.stream)
         if not self._is_done(0):
             original = build_batches(self.model, self.calibration)
             before = embed_batches(self.model, original)
@@ -186,7 +210,7 @@ class _Run:
         last = len(self.stream.config.expert_layers)
         pieces = [json.loads((self.work / f"piece-{n}.json").read_text()) for n in range(last + 1)]
         states = _States.load(self.work / f"states-{last}.safetensors", len(self.batches))
-        source_model = _empty_outside(self.stream)
+        source_model = empty_outside(self.stream)
         quality = judge_logits(source_model, self.model, states.original, states.quantized, self.batches)
         for path in sorted(self.source.iterdir()):
             if path.is_file() and path.name != "config.json" and not path.name.endswith(_NOT_COPIED):
@@ -196,9 +220,10 @@ class _Run:
             **self.stream.config.to_json(),
             "quantization": {"format": FORMAT, "version": VERSION, "plan": self.plan.name},
         }
-        report = write_report(self.target, self.source, self.stream.config, self.plan, pieces, quality)
+        costs = self._sensitivities() if self.plan.name == "auto" else {}
+        report = write_report(self.target, self.source, self.stream.config, self.plan, pieces, quality, costs)
         _write_text(self.target / "config.json", json.dumps(fields, indent=2) + "\n")
-        self.progress(Progress(self.total, self.total, 0.0, "report"))
+        self.progress(Progress(self.total, self.total, 0.0, "quantized"))
         return report
 
 
@@ -222,15 +247,6 @@ class _States:
         return cls([tensors[f"o{i}"] for i in range(count)], [tensors[f"q{i}"] for i in range(count)])
 
 
-def _empty_outside(stream: CheckpointStream) -> Ernie:
-    """Everything but the layers, in float32."""
-    with torch.device("meta"):
-        model = Ernie(stream.config)
-    model.decoder.layers = torch.nn.ModuleList()
-    model.to_empty(device="cpu")
-    return stream.fill(model, "").requires_grad_(False).eval()
-
-
 def _overwrite(model: Ernie, path: Path) -> None:
     file = QuantizedFile(path)
     for name in file.names():
@@ -252,28 +268,27 @@ def _relative(
     return error / sum(a.square().sum().item() for a, _ in pairs)
 
 
-def _fingerprint(source: Path, plan: BitPlan, calibration: Sequence[Prompt]) -> dict[str, Any]:
+def _fingerprint(
+    source: Path, plan: BitPlan, calibration: Sequence[Prompt], budget_bytes: int
+) -> dict[str, Any]:
     prompts = 0
     for prompt in calibration:
         prompts = zlib.crc32(json.dumps(prompt.ids).encode(), prompts)
         for medium in prompt.media:
             prompts = zlib.crc32(medium.content_hash, prompts)
     files = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(source.glob("*.safetensors"))]
-    return {"files": files, "plan": repr(plan), "prompts": prompts, "format": VERSION}
+    return {
+        "files": files,
+        "plan": repr(plan),
+        "budget": budget_bytes,
+        "prompts": prompts,
+        "format": VERSION,
+    }
 
 
-def _settle_plan(
-    plan: BitPlan, stream: CheckpointStream, budget_bytes: int, calibration: Sequence[Prompt]
-) -> BitPlan:
-    if plan.name != "auto":
-        return plan
-    if not budget_bytes or not calibration:
-        raise ConfigError("--bits auto needs a budget of bytes and calibration prompts to measure with")
-    from duomo.quant.sensitivity import measure_layers
-
+def _shapes(stream: CheckpointStream) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in Ernie(stream.config).named_parameters()}
-    return raise_layers(plan, shapes, measure_layers(stream, calibration, plan), budget_bytes)
+        return {name: tuple(p.shape) for name, p in Ernie(stream.config).named_parameters()}
 
 
 def _write_text(path: Path, text: str) -> None:

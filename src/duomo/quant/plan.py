@@ -2,7 +2,7 @@
 
 Presets: `2` puts routed experts at 2 bits, `2.3` the first and last expert layers at 4, `4` all of them. In
 all of them attention, shared experts and dense layers take 4 bits, embeddings, head, tower and resampler 8,
-norms, biases and routers float32. `auto` starts from `2` and raises whole layers to 4 bits, the most error
+norms, biases and routers float32. `auto` starts from `2` and raises banks of experts to 4 bits, the most KL
 saved per byte first, until a budget of bytes is spent. A shape the trellis cannot hold is stored at 8 bits.
 """
 
@@ -35,10 +35,10 @@ PRESETS = ("2", "2.3", "4", "auto")
 
 @dataclass(frozen=True)
 class BitPlan:
-    """`raised` are the decoder layers whose routed experts take 4 bits."""
+    """`raised` are the banks of routed experts that take 4 bits, as "layer.modality"."""
 
     name: str = "2"
-    raised: frozenset[int] = frozenset()
+    raised: frozenset[str] = frozenset()
     embedding: Kind = Kind.INT8
     other: Kind = Kind.FOUR
     tower: Kind = Kind.INT8
@@ -48,7 +48,7 @@ class BitPlan:
     def kind(self, name: str) -> Kind:
         """How the parameter of that name (our state-dict name) is stored, were its shape to fit."""
         if bank := _BANK.match(name):
-            return Kind.FOUR if int(bank[1]) in self.raised else Kind.TWO
+            return Kind.FOUR if f"{bank[1]}.{bank[2]}" in self.raised else Kind.TWO
         if name in ("embed.weight", "head.weight"):
             return self.embedding
         if _FOUR.match(name):
@@ -79,32 +79,40 @@ def build_plan(bits: str, config: ModelConfig, two: TrellisCode = LCC2_12) -> Bi
     raised = {"2": [], "auto": [], "2.3": [*layers[:1], *layers[-1:]], "4": layers}
     if bits not in raised:
         raise ConfigError(f"--bits {bits!r}; there are {', '.join(PRESETS)}", bits=bits)
-    return BitPlan(bits, frozenset(raised[bits]), two=two)
+    banks = (f"{layer}.{modality}" for layer in raised[bits] for modality in ("text", "vision"))
+    return BitPlan(bits, frozenset(banks), two=two)
 
 
-def raise_layers(
-    plan: BitPlan, shapes: Mapping[str, tuple[int, ...]], errors: Mapping[int, float], budget_bytes: int
+def raise_banks(
+    plan: BitPlan, shapes: Mapping[str, tuple[int, ...]], costs: Mapping[str, float], budget_bytes: int
 ) -> BitPlan:
-    """Raises expert layers to 4 bits while the budget lasts, by `errors` saved per byte.
+    """Raises banks to 4 bits while the budget lasts, by the `costs` saved per byte.
 
-    `errors[layer]` is what 2 bits cost there, in any one unit; at 4 bits 1/14 of it is left (the ratio of the
-    codes' distortions). ConfigError where the budget does not even hold everything at its least.
+    `costs[bank]` is what 2 bits cost there, in any one unit; at 4 bits 1/14 of it is left (the ratio of the
+    codes' distortions). With one step a bank, going by the ratio is the Lagrangian solution; where a bank no
+    longer fits, smaller ones still may. ConfigError where the budget does not hold everything at its least.
     """
+    total = least_bytes(plan, shapes, budget_bytes)
+    extra = {bank: _extra_bytes(plan, shapes, bank) for bank in costs}
+    raised = set(plan.raised)
+    for bank in sorted(costs, key=lambda bank: -costs[bank] / max(extra[bank], 1)):
+        if total + extra[bank] <= budget_bytes and costs[bank] > 0:
+            raised.add(bank)
+            total += extra[bank]
+    return replace(plan, raised=frozenset(raised))
+
+
+def least_bytes(plan: BitPlan, shapes: Mapping[str, tuple[int, ...]], budget_bytes: int) -> int:
+    """Bytes of the plan as it is; ConfigError where that is above the budget."""
     total = sum(plan.num_bytes(name, shape) for name, shape in shapes.items())
     if total > budget_bytes:
         raise ConfigError(
             f"a budget of {budget_bytes:,} bytes; the least this plan can do is {total:,}", needed=total
         )
-    extra = {layer: _extra_bytes(plan, shapes, layer) for layer in errors}
-    raised = set(plan.raised)
-    for layer in sorted(errors, key=lambda index: -errors[index] / max(extra[index], 1)):
-        if total + extra[layer] <= budget_bytes:
-            raised.add(layer)
-            total += extra[layer]
-    return replace(plan, raised=frozenset(raised))
+    return total
 
 
-def _extra_bytes(plan: BitPlan, shapes: Mapping[str, tuple[int, ...]], layer: int) -> int:
-    more = replace(plan, raised=frozenset({layer}))
-    own = {name: s for name, s in shapes.items() if (m := _BANK.match(name)) and int(m[1]) == layer}
+def _extra_bytes(plan: BitPlan, shapes: Mapping[str, tuple[int, ...]], bank: str) -> int:
+    more = replace(plan, raised=frozenset({bank}))
+    own = {name: s for name, s in shapes.items() if (m := _BANK.match(name)) and f"{m[1]}.{m[2]}" == bank}
     return sum(more.num_bytes(name, s) - plan.num_bytes(name, s) for name, s in own.items())

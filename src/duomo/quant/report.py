@@ -1,4 +1,4 @@
-"""What a quantized checkpoint says of itself: report.json, report.md, and three plots where matplotlib is.
+"""What a quantized checkpoint says of itself: report.json, report.md, and plots where matplotlib is.
 
 Errors are held-out ones: shares of each tensor's output energy on tokens that nothing was fitted to.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from duomo.model import Ernie, ModelConfig
 from duomo.quant.plan import BitPlan
+from duomo.quant.plots import draw, links
 
 _PARTS = (
     (r"\.text\.(gate_up|down)$", "text experts"),
@@ -71,105 +72,96 @@ def write_report(
     plan: BitPlan,
     pieces: Sequence[Mapping[str, Any]],
     quality: Mapping[str, Mapping[str, float]],
+    sensitivities: Mapping[str, float],
 ) -> dict[str, Any]:
     """Writes report.json, report.md and the plots into `target`; returns what report.json holds."""
     report = {
-        "plan": {"name": plan.name, "raised_layers": sorted(plan.raised), "two": plan.two.name},
+        "plan": {"name": plan.name, "raised": sorted(plan.raised), "two": plan.two.name},
         "source_bytes": sum(p.stat().st_size for p in source.glob("*.safetensors")),
         "file_bytes": sum(piece["bytes"] for piece in pieces),
         "seconds": round(sum(piece["seconds"] for piece in pieces), 1),
         "parts": size_by_part(config, plan),
         "quality": quality,
         "calibrated": bool(quality),
+        "sensitivities": dict(sensitivities),
         "layers": list(pieces[1:]),
     }
     (target / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    plots = _plot(report, target)
+    plots = draw(report, target)
     (target / "report.md").write_text(_markdown(report, plots), encoding="utf-8")
     return report
 
 
 def _markdown(report: Mapping[str, Any], plots: Sequence[str]) -> str:
     ratio = report["file_bytes"] / max(report["source_bytes"], 1)
+    raised = ", ".join(report["plan"]["raised"])
     lines = [
         "# Quantization report",
         "",
         f"Plan `{report['plan']['name']}`, 2-bit code `{report['plan']['two']}`. "
-        f"{report['file_bytes']:,} bytes, {ratio:.3f} of the source, in {report['seconds']:.0f} s.",
+        f"{report['file_bytes']:,} bytes, {ratio:.3f} of the source, in {report['seconds']:.0f} s."
+        + (f" Banks at 4 bits: {raised}." if raised else ""),
         "",
-        "| part | weights | bytes | bits a weight |",
-        "| --- | ---: | ---: | ---: |",
-        *(
-            f"| {p} | {r['weights']:,} | {r['bytes']:,} | {r['bits']:.4f} |"
-            for p, r in report["parts"].items()
+        *_table(
+            ("part", "weights", "bytes", "bits a weight"),
+            (
+                (p, f"{r['weights']:,}", f"{r['bytes']:,}", f"{r['bits']:.4f}")
+                for p, r in report["parts"].items()
+            ),
         ),
-        "",
     ]
     if not report["calibrated"]:
         lines += ["No calibration prompts were given: weights were rounded without error feedback.", ""]
     for modality, row in report["quality"].items():
-        lines.append(
-            f"Held-out {modality}, {row['num_tokens']} tokens: KL to the source {row['kl_mean']:.4f} "
+        lines += [
+            f"Held-out {modality}, {row['num_tokens']:,} tokens: KL to the source {row['kl_mean']:.4f} "
             f"± {row['kl_standard_error']:.4f} (median {row['kl_median']:.4f}, 99 % {row['kl_99']:.3f}), "
-            f"same likeliest token {100 * row['top1_same']:.1f} ± {100 * row['top1_standard_error']:.1f} %."
-        )
-    lines += ["", "| layer | expert agreement | tokens per expert, least and most | hidden error |"]
-    lines.append("| ---: | --- | --- | ---: |")
+            f"same likeliest token {100 * row['top1_same']:.1f} ± {100 * row['top1_standard_error']:.1f} %.",
+            "",
+        ]
+    return "\n".join([*lines, *links(plots), *_layers(report), *_tensors(report), *_sensitivities(report)])
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Markdown: the first column to the left, the others to the right."""
+    return [
+        f"| {' | '.join(titles)} |",
+        "| --- |" + " ---: |" * (len(titles) - 1),
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+    ]
+
+
+def _layers(report: Mapping[str, Any]) -> list[str]:
+    """By layer: what the routers still choose, what each expert heard, how far the states are."""
+    rows = []
     for layer in report["layers"]:
         agreement = ", ".join(f"{bank} {100 * share:.1f} %" for bank, share in layer["agreement"].items())
-        tokens = ", ".join(f"{bank} {min(n)}-{max(n)}" for bank, n in layer["tokens"].items() if n)
-        error = layer["hidden_error"]
-        lines.append(
-            f"| {layer['layer']} | {agreement} | {tokens} | {'' if error is None else f'{error:.4f}'} |"
+        tokens = ", ".join(
+            f"{bank} {min(n)} / {sorted(n)[len(n) // 2]} / {max(n)}"
+            for bank, n in layer["tokens"].items()
+            if n
         )
-    lines += [
-        "",
-        "| tensor | kind | damping | held-out error | fitted error |",
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
+        error = "" if layer["hidden_error"] is None else f"{layer['hidden_error']:.4f}"
+        rows.append((str(layer["layer"]), agreement, tokens, error))
+    titles = ("layer", "experts chosen alike", "tokens an expert: least / median / most", "hidden error")
+    return ["## Layers", "", *_table(titles, rows)]
+
+
+def _tensors(report: Mapping[str, Any]) -> list[str]:
+    rows = []
     for tensor in (tensor for layer in report["layers"] for tensor in layer["tensors"]):
         if tensor["kind"] != "plain":
             numbers = (tensor["damping"], tensor["held_out_error"], tensor["fitted_error"])
-            cells = " | ".join("" if n is None else f"{n:.4g}" for n in numbers)
-            lines.append(f"| {tensor['name']} | {tensor['kind']} | {cells} |")
-    return "\n".join([*lines, "", *(f"![{name}]({name})" for name in plots), ""])
+            cells = ("" if n is None else f"{n:.4g}" for n in numbers)
+            rows.append((tensor["name"], tensor["kind"], *cells))
+    return ["## Tensors", "", *_table(("tensor", "kind", "damping", "held-out error", "fitted error"), rows)]
 
 
-def _plot(report: Mapping[str, Any], target: Path) -> list[str]:
-    """Errors by layer, expert agreement by layer, bytes by part. Nothing where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+def _sensitivities(report: Mapping[str, Any]) -> list[str]:
+    """Of an `auto` run: what each bank alone costs at 2 bits, dearest first."""
+    costs = sorted(report["sensitivities"].items(), key=lambda item: -item[1])
+    if not costs:
         return []
-    layers = report["layers"]
-    errors = defaultdict(list)
-    shares = defaultdict(list)
-    for layer in layers:
-        for tensor in layer["tensors"]:
-            if tensor["held_out_error"] is not None:
-                short = tensor["name"].split(".", 3)[3]
-                errors[short].append((layer["layer"], tensor["held_out_error"]))
-        for bank, share in layer["agreement"].items():
-            shares[bank].append((layer["layer"], share))
-    names = []
-    for name, curves, title in (
-        ("report-errors.png", errors, "held-out error, share of output energy"),
-        ("report-agreement.png", shares, "experts chosen alike"),
-    ):
-        if curves:
-            figure = Figure(figsize=(8, 4.5), layout="constrained")
-            axes = figure.subplots()
-            for label, points in curves.items():
-                axes.plot(*zip(*points, strict=True), marker=".", label=label)
-            axes.set(xlabel="layer", title=title)
-            axes.legend(fontsize=6)
-            figure.savefig(target / name, dpi=110)
-            names.append(name)
-    parts = {
-        p: r["bytes"] / 1e6 for p, r in report["parts"].items() if p not in ("everything", "needed for text")
-    }
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    figure.subplots().barh(list(parts), list(parts.values()))
-    figure.axes[0].set(xlabel="MB")
-    figure.savefig(target / "report-bytes.png", dpi=110)
-    return [*names, "report-bytes.png"]
+    rows = ((bank, f"{cost:.3g}", "4" if bank in report["plan"]["raised"] else "2") for bank, cost in costs)
+    return ["## Sensitivities", "", *_table(("bank", "KL with it alone at 2 bits", "bits"), rows)]

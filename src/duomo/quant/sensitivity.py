@@ -1,54 +1,111 @@
-"""What 2 bits would cost in each expert layer, measured: the unit that `plan.raise_layers` spends bytes by.
+"""What 2 bits cost where: KL of the whole model when one layer's one bank of experts alone is at 2 bits.
 
-Each layer's routed experts are rounded alone, without feedback, and the layer's output on held-out tokens is
-compared with the original's. No gradients; one walk through the source.
+The unit that `plan.raise_banks` spends bytes by. One walk through the source, a layer in memory at a time:
+beside the original's states walk those of every bank quantized so far, each as if it were the only one, so
+that a model of L layers is read once and not L times. No gradients. Worth knowing: banks are quantized here
+as they will be, with feedback and a damping of their own; plain rounding would rank them otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
+from duomo.checkpoints.quantized import dequantize
 from duomo.checkpoints.stream import CheckpointStream
 from duomo.model import Ernie
 from duomo.model.decoder import DecoderLayer
 from duomo.processing.prompt import Prompt
-from duomo.quant.calibration import build_batches
+from duomo.quant.calibration import CalibrationBatch, build_batches
+from duomo.quant.judge import judge_logits
+from duomo.quant.layer import LayerQuantizer
 from duomo.quant.plan import BitPlan
 from duomo.quant.walk import embed_batches, walk
-from duomo.trellis.encoder import encode_matrix
-from duomo.trellis.packing import BLOCK
+
+Note = Callable[[int], None]
 
 
-def measure_layers(
-    stream: CheckpointStream, calibration: Sequence[Prompt], plan: BitPlan
-) -> dict[int, float]:
-    """Squared change of an expert layer's output over its square, by layer."""
+def measure_banks(
+    stream: CheckpointStream,
+    calibration: Sequence[Prompt],
+    plan: BitPlan,
+    num_threads: int = 1,
+    note: Note = lambda layers_done: None,
+) -> dict[str, float]:
+    """Mean KL(source || one bank quantized) by bank, "layer.modality", on one held-out batch of each sort."""
+    ends = empty_outside(stream)
+    batches = build_batches(ends, calibration)
+    judged = _one_of_each_sort(batches)
+    items = [batches[i] for i in judged]
+    states = embed_batches(ends, batches)
+    changed: dict[str, list[Tensor]] = {}
+    for index, has_experts in enumerate(stream.config.expert_layers):
+        layer = DecoderLayer(stream.config, has_experts).requires_grad_(False).eval()
+        stream.fill(layer, f"decoder.layers.{index}.")
+        quantizer = LayerQuantizer(layer, index, plan, num_threads)
+        after = walk(layer, stream.config, states, batches, quantizer.hear, quantizer.recorder)
+        for bank, own in changed.items():
+            changed[bank] = walk(layer, stream.config, own, items, _deaf)
+        if has_experts:
+            before = [states[i] for i in judged]
+            for modality in ("text", "vision"):
+                with _Quantized(quantizer, f"mlp.{modality}.") as names:
+                    if names:
+                        changed[f"{index}.{modality}"] = walk(layer, stream.config, before, items, _deaf)
+        states = after
+        note(index + 1)
+    original = [states[i] for i in judged]
+    return {bank: _mean_kl(ends, original, own, items) for bank, own in changed.items()}
+
+
+def empty_outside(stream: CheckpointStream) -> Ernie:
+    """Everything but the layers, in float32."""
     with torch.device("meta"):
         model = Ernie(stream.config)
     model.decoder.layers = torch.nn.ModuleList()
     model.to_empty(device="cpu")
-    stream.fill(model, "").eval()
-    batches = build_batches(model, calibration)
-    states, errors = embed_batches(model, batches), {}
-    for index, has_experts in enumerate(stream.config.expert_layers):
-        layer = DecoderLayer(stream.config, has_experts).requires_grad_(False).eval()
-        stream.fill(layer, f"decoder.layers.{index}.")
-        after = walk(layer, stream.config, states, batches, lambda _: None)
-        if has_experts:
-            _round_banks(layer, plan)
-            rounded = walk(layer, stream.config, states, batches, lambda _: None)
-            held = [i for i, item in enumerate(batches) if item.is_held_out]
-            change = sum((rounded[i] - after[i]).square().sum().item() for i in held)
-            errors[index] = change / sum(after[i].square().sum().item() for i in held)
-        states = after
-    return errors
+    return stream.fill(model, "").requires_grad_(False).eval()
 
 
-def _round_banks(layer: DecoderLayer, plan: BitPlan) -> None:
-    for parameter in layer.parameters():
-        rows, columns = parameter.shape[-2:] if parameter.dim() == 3 else (1, 1)
-        if parameter.dim() == 3 and rows % plan.two.row_multiple == 0 and columns % BLOCK == 0:
-            for expert in parameter.data:
-                expert.copy_(torch.from_numpy(encode_matrix(expert.float().numpy(), plan.two).decode()))
+class _Quantized:
+    """Within it, the parameters of a layer whose names begin with `prefix` are as they would be stored."""
+
+    def __init__(self, quantizer: LayerQuantizer, prefix: str) -> None:
+        self._quantizer, self._prefix = quantizer, prefix
+        self._kept: dict[str, Tensor] = {}
+
+    def __enter__(self) -> list[str]:
+        parameters = dict(self._quantizer.layer.named_parameters())
+        stored, _ = self._quantizer.quantize(self._prefix)
+        for full, tensor in stored.items():
+            name = full.split(".", 3)[3]
+            self._kept[name] = parameters[name].data.clone()
+            parameters[name].data.copy_(dequantize(tensor))
+        return list(self._kept)
+
+    def __exit__(self, *_: object) -> None:
+        parameters = dict(self._quantizer.layer.named_parameters())
+        for name, kept in self._kept.items():
+            parameters[name].data.copy_(kept)
+
+
+def _deaf(_: CalibrationBatch) -> None:
+    """Walks the banks' states without listening."""
+
+
+def _one_of_each_sort(batches: Sequence[CalibrationBatch]) -> list[int]:
+    """The first held-out batch with pictures and the first without."""
+    found: dict[bool, int] = {}
+    for index, item in enumerate(batches):
+        if item.is_held_out:
+            found.setdefault(item.has_media, index)
+    return sorted(found.values())
+
+
+def _mean_kl(
+    ends: Ernie, original: Sequence[Tensor], changed: Sequence[Tensor], items: Sequence[CalibrationBatch]
+) -> float:
+    rows = judge_logits(ends, ends, original, changed, items).values()
+    return sum(row["kl_mean"] * row["num_tokens"] for row in rows) / sum(row["num_tokens"] for row in rows)

@@ -140,32 +140,29 @@ UNITS = tuple(1 + step / 1000 for step in range(-40, 41, 2))
 
 
 def polish(code: TrellisCode, sample: F32, rng: np.random.Generator) -> Candidate:
-    """Descent on the integers themselves: the unit, then each level a step up or down, until none helps."""
+    """Two sweeps of descent on the integers themselves: the unit, then each level a step up or down."""
     best = Candidate(code, distortion(code, sample))
 
-    def challenge(other: TrellisCode) -> bool:
+    def challenge(other: TrellisCode) -> None:
         nonlocal best
         found = distortion(other, sample)
-        is_better = found < best.distortion - 1e-7
-        best = Candidate(other, found) if is_better else best
-        return is_better
+        if found < best.distortion - 1e-7:
+            best = Candidate(other, found)
 
     real = _means(code, sample)
     for factor in UNITS:
         unit = round(code.unit * factor, 6)
         levels = np.clip(np.rint(real / unit), -63, 63)
         challenge(replace(code, codebook=tuple(int(v) for v in levels), unit=unit))
-    moved = True
-    while moved:
-        moved = False
+    for _ in range(2):
         for index in rng.permutation(len(code.codebook)):
             for step in (-1, 1):
                 levels = np.asarray(best.code.codebook)
                 levels[index] += step
                 if abs(levels[index]) <= 63:
-                    moved |= challenge(replace(best.code, codebook=tuple(int(v) for v in levels)))
+                    challenge(replace(best.code, codebook=tuple(int(v) for v in levels)))
         for factor in (0.998, 0.999, 1.001, 1.002):
-            moved |= challenge(replace(best.code, unit=round(best.code.unit * factor, 6)))
+            challenge(replace(best.code, unit=round(best.code.unit * factor, 6)))
         print(f"{best.distortion:.6f} {best.code}", flush=True)
     return best
 

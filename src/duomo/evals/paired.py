@@ -1,4 +1,4 @@
-"""Two checkpoints on the same held-out questions: `python -m duomo.bench.paired FIRST SECOND`.
+"""Two checkpoints on the same held-out questions: `python -m duomo.evals.paired FIRST SECOND`.
 
 Both answer every question greedily; a question counts where exactly one of them is right. The difference of
 two shares measured so has a far smaller error than either share, which is what "within one point" needs.
