@@ -23,7 +23,7 @@ BOUND = {2: 0.0625, 4: 0.00390625}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, nargs="+", default=[128, 256, 640])
+    parser.add_argument("--steps", type=int, nargs="*", default=[128, 256, 640], help="none: only the speed")
     parser.add_argument("--weights", type=int, default=1 << 20)
     given = parser.parse_args()
     for code in PRESETS.values():

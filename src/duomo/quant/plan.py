@@ -1,6 +1,7 @@
 """Which weights get how many bits. Routed experts are nine tenths of the bytes; the rest is cheap to keep.
 
-Presets: `2` puts routed experts at 2 bits, `2.3` the first and last expert layers at 4, `4` all of them. In
+Presets: `2` puts routed experts at 2 bits, `2.3` the first and last expert layers at 4 (but the
+last one's vision experts, which no text token hears), `4` all of them. In
 all of them attention, shared experts and dense layers take 4 bits, embeddings, head, tower and resampler 8,
 norms, biases and routers float32. `auto` starts from `2` and raises banks of experts to 4 bits, the most KL
 saved per byte first, until a budget of bytes is spent. A shape the trellis cannot hold is stored at 8 bits.
@@ -79,7 +80,9 @@ def build_plan(bits: str, config: ModelConfig, two: TrellisCode = LCC2_12) -> Bi
     raised = {"2": [], "auto": [], "2.3": [*layers[:1], *layers[-1:]], "4": layers}
     if bits not in raised:
         raise ConfigError(f"--bits {bits!r}; there are {', '.join(PRESETS)}", bits=bits)
-    banks = (f"{layer}.{modality}" for layer in raised[bits] for modality in ("text", "vision"))
+    banks = {f"{layer}.{modality}" for layer in raised[bits] for modality in ("text", "vision")}
+    if bits == "2.3" and layers:
+        banks.discard(f"{layers[-1]}.vision")  # its output reaches no text token
     return BitPlan(bits, frozenset(banks), two=two)
 
 
