@@ -1,6 +1,7 @@
 """`quantize` end to end on a small model: sizes, report, a kill -9 in the middle, and refusals."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from duomo.checkpoints import load_model, save_model
 from duomo.checkpoints.quantized import open_quantized
@@ -17,7 +19,9 @@ from duomo.processing.patches import patchify
 from duomo.processing.prompt import Media, MediaSpan, Prompt
 from duomo.quant import quantize
 from duomo.quant.judge import compare_logits
+from duomo.train.lora import LoraPlan, attach, merge
 from duomo.trellis import IntTensor, TrellisBank, TrellisTensor
+from tests.checkpoints.test_layouts import to_paddle
 
 CONFIG = ModelConfig(
     vocab_size=96,
@@ -133,6 +137,31 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(done, source, tmp_path)
     assert steps[0].done >= 3
     for path in done[0].glob("*.safetensors"):
         assert (target / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_fine_tuned_copy_in_either_layout(source, tmp_path):
+    """Merged adapters are a checkpoint like any other; PT's names and Paddle's give the same bytes."""
+    tuned = load_model(source, torch.float32)
+    for adapter in attach(tuned, LoraPlan(LoraPlan.usual(4))).values():
+        for key, parameter in adapter.named_parameters():
+            if not key.startswith("base."):
+                torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(3))
+    merge(tuned)
+    save_model(tuned, tmp_path / "pt", torch.float32)
+    shutil.copytree(tmp_path / "pt", tmp_path / "paddle")
+    save_file(to_paddle(load_file(tmp_path / "pt/model.safetensors")), tmp_path / "paddle/model.safetensors")
+    for layout in ("pt", "paddle"):
+        quantize(tmp_path / layout, tmp_path / f"{layout}-two", "2", prompts(num=2))
+    for path in (tmp_path / "pt-two").glob("*.safetensors"):
+        assert (tmp_path / "paddle-two" / path.name).read_bytes() == path.read_bytes()
+    ids = list(range(3, 60))
+    kl = [
+        compare_logits(
+            load_model(folder, torch.float32).logits(ids), load_model(tmp_path / "pt-two").logits(ids)
+        )
+        for folder in (tmp_path / "pt", source)
+    ]
+    assert kl[0][0].mean() < kl[1][0].mean()  # nearer to the copy than to what it was copied from
 
 
 def test_without_calibration_it_rounds_and_says_so(source, tmp_path):

@@ -55,6 +55,8 @@ def test_what_cannot_be_read_says_why(folder, tmp_path):
 def test_memory_is_told_beforehand():
     needed = peak_bytes(TINY, 1000)
     check_memory(TINY, 1000, needed)
-    with pytest.raises(ConfigError, match="fewer tokens or allow more"):
+    with pytest.raises(ConfigError, match="tokens would fit"):
         check_memory(TINY, 1000, needed - 1)
     assert peak_bytes(TINY, 2000) > needed
+    with pytest.raises(ConfigError, match="4,000 tokens would fit"):
+        check_memory(TINY, 9000, peak_bytes(TINY, 4500))
