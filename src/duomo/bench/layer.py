@@ -1,12 +1,14 @@
 """One expert layer of the 28B really quantized, with feedback: `python -m duomo.bench.layer`.
 
 Weights are seeded normals (no package carries the trained ones); inputs are correlated normals, one draw to
-fit and one to judge. What is real: shapes, every step of the encoder, the file, the seconds.
+fit and one to judge. What is real: shapes, every step of the encoder, the file, the seconds. A weight's share
+of the factorizations counts too: so it costs more than the encoder alone (`duomo.bench.distortion`).
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -61,10 +63,12 @@ def main() -> None:
     seconds = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
         num_bytes = write_quantized(Path(folder) / "layer.safetensors", stored)
+    peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
         f"{num_weights:,} weights in {seconds:.1f} s on {given.threads} threads, "
         f"{1e6 * seconds * given.threads / num_weights:.3f} us a weight and thread; "
-        f"{num_bytes:,} bytes, {8 * num_bytes / num_weights:.4f} bits a weight, everything counted"
+        f"{num_bytes:,} bytes, {8 * num_bytes / num_weights:.4f} bits a weight, everything counted; "
+        f"at most {peak_bytes / 1e9:.2f} GB resident"
     )
 
 
