@@ -102,6 +102,10 @@ def test_the_report_tells_what_was_measured(done):
     assert json.loads((target / "report.json").read_text())["file_bytes"] == report["file_bytes"]
     assert report["file_bytes"] == sum(p.stat().st_size for p in target.glob("*.safetensors"))
     assert set(report["quality"]) == {"text", "picture"}
+    outside = {t["name"]: t for t in report["outside"] if t["kind"] != "plain"}
+    assert {"embed.weight", "resampler.project.weight"} < set(outside)
+    for tensor in outside.values():
+        assert 0 < tensor["held_out_error"] < 1e-3 and 0 < tensor["weight_error"] < 1e-3
     layer = report["layers"][1]
     assert set(layer["agreement"]) == {"text", "vision"} and 0 < layer["agreement"]["text"] <= 1
     assert sum(layer["tokens"]["vision"]) > 0

@@ -47,10 +47,16 @@ def split_prompts(prompts: Sequence[Prompt]) -> Iterator[tuple[bool, bool, list[
 
 
 @torch.inference_mode()
-def build_batches(model: Ernie, prompts: Sequence[Prompt]) -> list[CalibrationBatch]:
-    """Prompts packed to about 2048 tokens, pictures encoded by `model`'s own tower."""
+def build_batches(
+    model: Ernie, prompts: Sequence[Prompt], hear: Callable[[bool], None] = lambda is_held_out: None
+) -> list[CalibrationBatch]:
+    """Prompts packed to about 2048 tokens, pictures encoded by `model`'s own tower.
+
+    `hear` is told of each sort before its pictures are encoded.
+    """
     batches = []
     for is_held_out, has_media, own in split_prompts(prompts):
+        hear(is_held_out)
         for group in _groups(own):
             media = [medium for prompt in group for medium in prompt.media]
             features = None
@@ -88,10 +94,13 @@ class BankGrams:
 
 
 class Recorder:
-    """Hooks on every Linear and ExpertBank under a module; gathers within `with recorder:`."""
+    """Hooks on every Linear and ExpertBank under a module; gathers within `with recorder:`.
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    Without `hears_fitted` only linears' held-out inputs are kept, all that rounding to nearest needs.
+    """
+
+    def __init__(self, module: nn.Module, hears_fitted: bool = True) -> None:
+        self._module, self._hears_fitted = module, hears_fitted
         self.is_held_out = False
         self.linears: dict[str, tuple[Gram, Gram]] = {}  # fitted, held out
         self.banks: dict[str, tuple[BankGrams, BankGrams]] = {}
@@ -107,13 +116,18 @@ class Recorder:
                 self._handles.append(part.register_forward_pre_hook(self._hear_bank(name)))
         return self
 
+    def listen(self, is_held_out: bool) -> None:
+        """Which of the two the next inputs belong to."""
+        self.is_held_out = is_held_out
+
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
     def _hear_linear(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hear(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.linears[name][self.is_held_out].add(inputs[0].flatten(0, -2))
+            if self._hears_fitted or self.is_held_out:
+                self.linears[name][self.is_held_out].add(inputs[0].flatten(0, -2))
 
         return hear
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from duomo.checkpoints.quantized import Stored
+from duomo.checkpoints.quantized import Stored, dequantize
 from duomo.model import Ernie
 from duomo.model.decoder import DecoderLayer
 from duomo.model.experts import ExpertBank
@@ -49,6 +49,7 @@ class TensorReport:
     damping: float | None
     held_out_error: float | None  # None: no held-out token reached it
     fitted_error: float | None
+    weight_error: float | None  # |W - W'|^2 / |W|^2, whatever reads it; None where nothing was rounded
 
 
 def seed_of(name: str, index: int) -> int:
@@ -57,12 +58,42 @@ def seed_of(name: str, index: int) -> int:
     return zlib.crc32(f"{index}.{_INPUTS.get(base, base)}".encode())
 
 
-def quantize_outside(model: Ernie, plan: BitPlan) -> dict[str, Stored]:
-    """Embeddings, head, tower, resampler: rounded to nearest, no Hessian needed at 8 bits."""
+def quantize_outside(
+    model: Ernie, plan: BitPlan, recorder: Recorder, held_out_ids: Tensor
+) -> tuple[dict[str, Stored], list[TensorReport]]:
+    """Embeddings, head, tower, resampler: rounded to nearest, no Hessian needed at 8 bits.
+
+    `recorder` heard the tower and the resampler; of the embeddings the rows of `held_out_ids` are judged.
+    """
     stored: dict[str, Stored] = {}
+    reports: list[TensorReport] = []
     for name, parameter in model.named_parameters():
-        stored[name] = _round(parameter, plan, plan.kind_for(name, tuple(parameter.shape)), seed_of(name, -1))
-    return stored
+        kind = plan.kind_for(name, tuple(parameter.shape))
+        stored[name] = _round(parameter, plan, kind, seed_of(name, -1))
+        errors: list[float | None] = [None, None]
+        decoded = None if kind is Kind.PLAIN else dequantize(stored[name])
+        home = name.rpartition(".")[0]
+        if decoded is not None and home in recorder.linears:
+            errors[0] = _heard_error(parameter, decoded, recorder.linears[home][1].matrix)
+        elif decoded is not None and name == "embed.weight" and held_out_ids.numel():
+            errors[0] = relative_error(parameter[held_out_ids], decoded[held_out_ids])
+        reports.append(
+            _report(name, kind, stored[name], None, errors[0], errors[1], _weight_error(parameter, decoded))
+        )
+    return stored, reports
+
+
+def _heard_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float | None:
+    return output_error(weight, decoded, hessian) if hessian.diagonal().sum() > 0 else None
+
+
+def relative_error(weight: Tensor, decoded: Tensor) -> float:
+    """|W - W'|^2 / |W|^2."""
+    return float((weight - decoded).square().sum() / weight.square().sum().clamp(min=1e-30))
+
+
+def _weight_error(weight: Tensor, decoded: Tensor | None) -> float | None:
+    return None if decoded is None else relative_error(weight.detach().float(), decoded)
 
 
 def _round(weight: Tensor, plan: BitPlan, kind: Kind, seed: int) -> Stored:
@@ -99,16 +130,30 @@ class LayerQuantizer:
             weights = parameter.detach().float()
             if code is None:
                 stored[full] = _round(weights, self.plan, kind, seed)
-                reports.append(_report(full, kind, stored[full], None, None, None))
+                reports.append(self._plain_report(name, full, kind, weights, stored[full]))
                 continue
             fitted, held = self._hessians(name, weights)
             single = weights.dim() == 2
             stacked = weights[None] if single else weights
             tensors, damping = self._encode(stacked, fitted, held, code, seed)
-            errors = [_mean_error(stacked, tensors, hessians) for hessians in (held, fitted)]
+            opened = [torch.from_numpy(tensor.decode()) for tensor in tensors]
+            errors = [_mean_error(stacked, opened, hessians) for hessians in (held, fitted)]
             stored[full] = tensors[0] if single else TrellisBank.of(tensors)
-            reports.append(_report(full, kind, stored[full], damping, *errors))
+            rounded = _weight_error(weights, dequantize(stored[full]))
+            reports.append(_report(full, kind, stored[full], damping, errors[0], errors[1], rounded))
         return stored, reports
+
+    def _plain_report(
+        self, name: str, full: str, kind: Kind, weights: Tensor, stored: Stored
+    ) -> TensorReport:
+        """Of a tensor that was rounded to nearest or not at all: a shape the trellis cannot hold, a norm."""
+        if kind is Kind.PLAIN:
+            return _report(full, kind, stored, None, None, None, None)
+        decoded = dequantize(stored)
+        fitted, held = self._hessians(name, weights)
+        stacked, opened = (w[None] if w.dim() == 2 else w for w in (weights, decoded))
+        errors = [_mean_error(stacked, list(opened), hessians) for hessians in (held, fitted)]
+        return _report(full, kind, stored, None, errors[0], errors[1], _weight_error(weights, decoded))
 
     def _hessians(self, name: str, weights: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """(fitted, held out) of each matrix of a parameter; empty lists without calibration."""
@@ -153,7 +198,8 @@ class LayerQuantizer:
             tensors = quantize_matrices(
                 weights[heard], hessians, code, seed, damping, self.num_threads, sweeps=1
             )
-            error = _mean_error(weights[heard], tensors, judges)
+            opened = [torch.from_numpy(tensor.decode()) for tensor in tensors]
+            error = _mean_error(weights[heard], opened, judges)
             errors[damping] = np.inf if error is None else error
         return min(errors, key=lambda damping: errors[damping])
 
@@ -173,18 +219,22 @@ def _own(held: BankGrams, part: str) -> list[Tensor]:
     return [held.layer.matrix if part == "gate_up" else gram.matrix for gram in held.down]
 
 
-def _mean_error(
-    weights: Tensor, tensors: Sequence[TrellisTensor], hessians: Sequence[Tensor]
-) -> float | None:
-    """Errors and energies summed over the matrices that the Hessians heard anything of."""
+def _mean_error(weights: Tensor, decoded: Sequence[Tensor], hessians: Sequence[Tensor]) -> float | None:
+    """Mean error of the matrices that the Hessians heard anything of."""
     heard = [e for e, hessian in enumerate(hessians) if hessian.diagonal().sum() > 0]
-    errors = [output_error(weights[e], torch.from_numpy(tensors[e].decode()), hessians[e]) for e in heard]
+    errors = [output_error(weights[e], decoded[e], hessians[e]) for e in heard]
     return float(np.mean(errors)) if errors else None
 
 
 def _report(
-    name: str, kind: Kind, stored: Stored, damping: float | None, held: float | None, fitted: float | None
+    name: str,
+    kind: Kind,
+    stored: Stored,
+    damping: float | None,
+    held: float | None,
+    fitted: float | None,
+    rounded: float | None,
 ) -> TensorReport:
     num = int(np.prod(stored.shape))
     size = stored.nbytes if isinstance(stored, Tensor) else stored.num_bytes
-    return TensorReport(name, kind.value, num, size, damping, held, fitted)
+    return TensorReport(name, kind.value, num, size, damping, held, fitted, rounded)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from duomo.errors import ConfigError
-from duomo.model import ModelConfig
-from duomo.model.decoder import DecoderLayer
+from duomo.model import Ernie, ModelConfig
 from duomo.model.experts import ExpertBank
 from duomo.model.layers import Linear
 
@@ -14,23 +14,31 @@ OVERHEAD_BYTES = 1_500_000_000  # the interpreter, torch, four experts being enc
 
 
 def peak_bytes(config: ModelConfig, num_tokens: int) -> int:
-    """float32 throughout: a layer's weights, its Hessians (fitted, held out), four copies of the states."""
-    worst = 0
-    for has_experts in sorted(set(config.expert_layers)):
-        with torch.device("meta"):
-            layer = DecoderLayer(config, has_experts)
-        weights = sum(p.numel() for p in layer.parameters())
-        grams = 0
-        for part in layer.modules():
-            if isinstance(part, Linear):
-                grams += 2 * part.weight.shape[1] ** 2
-            elif isinstance(part, ExpertBank):
-                num_experts, width, size = part.down.shape
-                grams += num_experts * (width**2 + 2 * size**2) + 2 * width**2
-        worst = max(worst, weights + grams)
-    outside = (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size
+    """float32 throughout. Either a layer with its Hessians, and the embeddings; or, before, the vision tower
+    with the Hessians of its held-out inputs; and always four copies of the states."""
+    with torch.device("meta"):
+        model = Ernie(config)
+    layers = dict(zip(config.expert_layers, model.decoder.layers, strict=True))  # one of each sort
+    worst = max(_layer_floats(layer) for layer in layers.values())
+    ends = (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size
+    eyes = sum(
+        part.weight.numel() + part.weight.shape[1] ** 2
+        for name, part in model.named_modules()
+        if isinstance(part, Linear) and not name.startswith("decoder.")
+    )
     states = 4 * num_tokens * config.hidden_size
-    return 4 * (worst + outside + states) + OVERHEAD_BYTES
+    return 4 * (max(worst, eyes) + ends + states) + OVERHEAD_BYTES
+
+
+def _layer_floats(layer: nn.Module) -> int:
+    floats = sum(p.numel() for p in layer.parameters())
+    for part in layer.modules():
+        if isinstance(part, Linear):
+            floats += 2 * part.weight.shape[1] ** 2
+        elif isinstance(part, ExpertBank):
+            num_experts, width, size = part.down.shape
+            floats += num_experts * (width**2 + 2 * size**2) + 2 * width**2
+    return floats
 
 
 def check_memory(config: ModelConfig, num_tokens: int, allowed_bytes: int) -> None:

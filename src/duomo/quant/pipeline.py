@@ -29,7 +29,7 @@ from duomo.errors import ConfigError
 from duomo.model import Ernie
 from duomo.model.decoder import DecoderLayer
 from duomo.processing.prompt import Prompt
-from duomo.quant.calibration import CalibrationBatch, build_batches
+from duomo.quant.calibration import CalibrationBatch, Recorder, build_batches
 from duomo.quant.judge import LayerJudge, judge_logits
 from duomo.quant.layer import LayerQuantizer, TensorReport, quantize_outside
 from duomo.quant.plan import BitPlan, build_plan, least_bytes, raise_banks
@@ -164,17 +164,23 @@ class _Run:
         self.piece_started = time.monotonic()
         self.model = empty_outside(self.stream)
         if not self._is_done(0):
-            original = build_batches(self.model, self.calibration)
+            recorder = Recorder(self.model, hears_fitted=False)
+            with recorder:
+                original = build_batches(self.model, self.calibration, recorder.listen)
             before = embed_batches(self.model, original)
-            stored = quantize_outside(self.model, self.plan)
+            held = [item.batch.ids_T[item.batch.text_rows] for item in original if item.is_held_out]
+            ids = torch.cat(held) if held else torch.empty(0, dtype=torch.int64)
+            stored, reports = quantize_outside(self.model, self.plan, recorder, ids)
             for name, tensor in stored.items():
                 _parameter(self.model, name).data.copy_(dequantize(tensor))
             quantized = build_batches(self.model, self.calibration)
             self.batches, states = quantized, _States(before, embed_batches(self.model, quantized))
-            self._save(0, stored, {"tensors": []}, states)
-            return
-        _overwrite(self.model, self._piece(0))
-        self.batches = build_batches(self.model, self.calibration)
+            self._save(0, stored, {"tensors": [asdict(report) for report in reports]}, states)
+        else:
+            _overwrite(self.model, self._piece(0))
+            self.batches = build_batches(self.model, self.calibration)
+        for eyes in ("vision_tower", "resampler"):  # all pictures are seen: room for the layers
+            setattr(self.model, eyes, None)
 
     def _layer(self, index: int) -> None:
         number = index + 1

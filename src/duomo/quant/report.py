@@ -84,6 +84,7 @@ def write_report(
         "quality": quality,
         "calibrated": bool(quality),
         "sensitivities": dict(sensitivities),
+        "outside": pieces[0]["tensors"],
         "layers": list(pieces[1:]),
     }
     (target / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -132,6 +133,13 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     ]
 
 
+_ERRORS = (
+    "Errors are shares of the energy of a tensor's outputs, on held-out and on fitted tokens; the last "
+    "column is of the weights alone, whatever reads them. "
+    "Experts' gate and up are judged on all tokens of their layer."
+)
+
+
 def _layers(report: Mapping[str, Any]) -> list[str]:
     """By layer: what the routers still choose, what each expert heard, how far the states are."""
     rows = []
@@ -150,12 +158,14 @@ def _layers(report: Mapping[str, Any]) -> list[str]:
 
 def _tensors(report: Mapping[str, Any]) -> list[str]:
     rows = []
-    for tensor in (tensor for layer in report["layers"] for tensor in layer["tensors"]):
+    inside = (tensor for layer in report["layers"] for tensor in layer["tensors"])
+    for tensor in (*report["outside"], *inside):
         if tensor["kind"] != "plain":
-            numbers = (tensor["damping"], tensor["held_out_error"], tensor["fitted_error"])
+            numbers = (tensor[key] for key in ("damping", "held_out_error", "fitted_error", "weight_error"))
             cells = ("" if n is None else f"{n:.4g}" for n in numbers)
             rows.append((tensor["name"], tensor["kind"], *cells))
-    return ["## Tensors", "", *_table(("tensor", "kind", "damping", "held-out error", "fitted error"), rows)]
+    titles = ("tensor", "kind", "damping", "held-out error", "fitted error", "error of the weights")
+    return ["## Tensors", "", _ERRORS, "", *_table(titles, rows)]
 
 
 def _sensitivities(report: Mapping[str, Any]) -> list[str]:
