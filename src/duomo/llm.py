@@ -155,7 +155,7 @@ class LLM:
 
     @property
     def residency(self) -> Residency | None:
-        """Which packed weights are in memory; None for plain weights, or an engine in its own process."""
+        """The packed weights of an engine in this process; `residency_report` works everywhere."""
         return getattr(getattr(self.engine, "runner", None), "residency", None)
 
     # ---- whole answers ----
@@ -283,6 +283,25 @@ class LLM:
         """Forgets prefixes and pictures in memory."""
         self.engine.reset_caches()
 
+    def residency_report(self) -> dict[str, dict[str, float | None]]:
+        """By part of the model: bytes, resident_bytes, cached_bytes, idle_s; {} where weights are plain."""
+        return self.engine.residency_report()
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Loads a LoRA in PEFT's files. Requests choose it by `adapter=name` and share no prefix with others.
+
+        ConfigError if the name is taken, CheckpointError if the files are no adapter of this model.
+        """
+        self.engine.load_adapter(name, Path(path))
+
+    def unload_adapter(self, name: str) -> None:
+        """New requests may no longer choose it; those under way keep it to their end."""
+        self.engine.unload_adapter(name)
+
+    def adapters(self) -> list[str]:
+        """Names that a request may choose."""
+        return self.engine.adapters()
+
     @property
     def max_model_tokens(self) -> int:
         return self.engine.max_model_tokens
@@ -315,16 +334,10 @@ class LLM:
         **asked: Any,
     ) -> list[Asked]:
         if any(not isinstance(part, TextPart) for message in messages for part in message.parts):
-            self._expect_picture()
+            self.engine.expect_picture()
         is_thinking = self._thinks(messages, params, tools)
         prompt, is_open = self._prompt(messages, tools, is_thinking)
         return self._ready(prompt, params, is_open, self._parser, bool(tools), **asked)
-
-    def _expect_picture(self) -> None:
-        """The disk reads what a picture needs while the picture is decoded."""
-        residency = self.residency
-        if residency is not None:
-            residency.expect_picture()
 
     def _ask_raw(
         self, prompt: str | Sequence[int] | Prompt, params: SamplingParams, **asked: Any

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 
 from duomo.engine.request import Request, SamplingParams
-from duomo.errors import ConfigError
 from duomo.model import build_batch
 from duomo.model.attention import PackedCausal
 from tests.engine.worlds import GREEDY, MODEL, answers, engine, picture_request, text_request
@@ -99,29 +96,3 @@ def test_same_text_and_another_picture_share_nothing() -> None:
         "c": answers(engine(), [first])["a"]
     }
     assert own.counters.cached_tokens == 0
-
-
-def test_an_adapter_is_chosen_per_request_and_shares_no_prefix() -> None:
-    class Louder:
-        """Doubles the last norm: stands for a LoRA."""
-
-        def names(self) -> list[str]:
-            return ["louder"]
-
-        @contextmanager
-        def use(self, name: str) -> Iterator[None]:
-            weight = MODEL.decoder.layers[1].input_norm.weight
-            kept = weight.clone()
-            weight.mul_(3.0 if name == "louder" else 1.0)
-            yield
-            weight.copy_(kept)
-
-    plain = text_request("a", 5, 20)
-    loud = replace(plain, request_id="b", adapter="louder")
-    own = engine()
-    own.runner._adapters = Louder()  # type: ignore[attr-defined]
-    together = answers(own, [plain, loud])
-    assert together["a"] == answers(engine(), [plain])["a"] != together["b"]
-    assert own.counters.cached_tokens == 0
-    with pytest.raises(ConfigError, match="no adapter"):
-        engine().submit(loud, lambda output: None)

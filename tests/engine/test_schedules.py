@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from duomo.engine.adapters import Adapters
 from duomo.engine.engine import Engine, build_engine
 from duomo.engine.request import MediaBlob, Output, Request, SamplingParams
 from duomo.engine.runner import Floats
@@ -35,6 +36,7 @@ class ShadowRunner:
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.page_size = page_size
+        self.adapters = Adapters()
         self.slots: list[tuple[int, int, bytes] | None] = [None] * (num_pages * page_size)
         self.swapped: dict[str, list[tuple[int, int, bytes] | None]] = {}
 
@@ -73,9 +75,6 @@ class ShadowRunner:
                 logits[row, next_id(ids[: work.start + first + row + 1], media)] = 1
             pieces.append(logits)
         return pieces
-
-    def adapters(self) -> Seq[str]:
-        return ()
 
     def forget(self, sequence: Sequence) -> None:
         self.swapped.pop(sequence.request.request_id, None)

@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from duomo.engine.answer import Answer
 from duomo.engine.pages import PagePool
@@ -91,6 +92,7 @@ class Engine:
             if request.request_id in self._asked:
                 name = request.request_id
                 raise ConfigError(f"request id {name} is in use; give each its own", name="request_id")
+            request = replace(request, adapter=self.runner.adapters.acquire(request.adapter))
             self._asked[request.request_id] = sink
             self._inbox.append(lambda: self._add(request, answer, sink))
             self._wake.notify_all()
@@ -115,10 +117,31 @@ class Engine:
     def validate(self, request: Request) -> None:
         self._raise_if_dead()
         check_request(request, self.runner.vocab_size, self.max_model_tokens)
-        names = self.runner.adapters()
-        if request.adapter and request.adapter not in names:
-            known = ", ".join(names) or "none is loaded"
-            raise ConfigError(f"there is no adapter {request.adapter!r}; {known}", adapter=request.adapter)
+        self.runner.adapters.check(request.adapter)
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """A LoRA that requests may choose from now on. ConfigError or CheckpointError where it cannot be."""
+        self._raise_if_dead()
+        self.runner.adapters.load(name, folder)
+
+    def unload_adapter(self, name: str) -> None:
+        """Requests under way keep it. ConfigError if there is none of that name."""
+        self._raise_if_dead()
+        self.runner.adapters.unload(name)
+
+    def adapters(self) -> list[str]:
+        return self.runner.adapters.names()
+
+    def residency_report(self) -> dict[str, dict[str, float | None]]:
+        """By part of the model: bytes and how many are in memory. Empty where weights are plain."""
+        residency = getattr(self.runner, "residency", None)
+        return dict(residency.report()) if residency is not None else {}
+
+    def expect_picture(self) -> None:
+        """The disk begins to read what a picture needs."""
+        residency = getattr(self.runner, "residency", None)
+        if residency is not None:
+            residency.expect_picture()
 
     @property
     def max_model_tokens(self) -> int:
@@ -299,6 +322,7 @@ class Engine:
         self._asked.pop(sequence.request.request_id, None)
         self.scheduler.remove(sequence)
         self.runner.forget(sequence)
+        self.runner.adapters.release(sequence.request.adapter)
         self.counters.finished += 1
         self.counters.cached_tokens += sequence.num_cached
         self.counters.queried_tokens += sequence.num_prompt

@@ -7,6 +7,7 @@ Asks are validated on this side, so that a bad one is refused before it crosses.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import queue
@@ -15,17 +16,20 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence as Seq
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import zmq
 
+from duomo import errors
 from duomo.engine.answer import Answer
-from duomo.engine.engine import Sink, check_request
+from duomo.engine.engine import Engine, Sink, check_request
 from duomo.engine.request import Output, Request
 from duomo.engine.vocabulary import Vocabulary
-from duomo.errors import EngineError, Error
+from duomo.errors import ConfigError, EngineError, Error
 from duomo.processing.tokenizer import Tokenizer
 
 
@@ -34,10 +38,18 @@ class Submit(msgspec.Struct, tag=True):
 
 
 class Control(msgspec.Struct, tag=True):
-    """cancel, answer_now (of a request), reset, stats, stop."""
+    """cancel, answer_now (of a request), reset_caches, expect_picture, stop. Not answered."""
 
     verb: str
     request_id: str = ""
+
+
+class Ask(msgspec.Struct, tag=True):
+    """A call whose result comes back under its ticket: a method of `Engine` by name, with strings."""
+
+    ticket: int
+    verb: str
+    arguments: tuple[str, ...] = ()
 
 
 class Ready(msgspec.Struct, tag=True):
@@ -49,8 +61,12 @@ class Outputs(msgspec.Struct, tag=True):
     outputs: list[Output]
 
 
-class Stats(msgspec.Struct, tag=True):
-    values: dict[str, float]
+class Reply(msgspec.Struct, tag=True):
+    """`error` is one of `duomo.errors` by name, with its message, where the call was refused."""
+
+    ticket: int
+    value: Any = None
+    error: tuple[str, str] | None = None
 
 
 class Failed(msgspec.Struct, tag=True):
@@ -59,8 +75,8 @@ class Failed(msgspec.Struct, tag=True):
     message: str
 
 
-_commands = msgspec.msgpack.Decoder(Submit | Control)
-_reports = msgspec.msgpack.Decoder(Ready | Outputs | Stats | Failed)
+_commands = msgspec.msgpack.Decoder(Submit | Control | Ask)
+_reports = msgspec.msgpack.Decoder(Ready | Outputs | Reply | Failed)
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -79,7 +95,9 @@ class EngineProcess:
         self._out.setsockopt(zmq.SNDTIMEO, 2000)  # a child that is gone takes nothing: never wait for it
         self._out.bind(f"ipc://{self._place}/commands")
         self._in.bind(f"ipc://{self._place}/reports")
-        self._stats: queue.SimpleQueue[dict[str, float]] = queue.SimpleQueue()
+        self._tickets = itertools.count()
+        self._waiting: dict[int, queue.SimpleQueue[Reply]] = {}
+        self._adapters: list[str] = []
         self._last_stats: dict[str, float] = {}
         self._ready: queue.SimpleQueue[Ready | Failed] = queue.SimpleQueue()
         command = [
@@ -111,6 +129,9 @@ class EngineProcess:
     def validate(self, request: Request) -> None:
         self._raise_if_dead()
         check_request(request, self._vocab_size, self.max_model_tokens)
+        if request.adapter and request.adapter not in self._adapters:
+            known = ", ".join(self._adapters) or "none is loaded"
+            raise ConfigError(f"there is no adapter {request.adapter!r}; {known}", adapter=request.adapter)
 
     def submit(self, request: Request, sink: Sink) -> None:
         self.validate(request)
@@ -130,7 +151,25 @@ class EngineProcess:
         self._control("answer_now", request_id)
 
     def reset_caches(self) -> None:
-        self._control("reset")
+        self._control("reset_caches")
+
+    def expect_picture(self) -> None:
+        self._control("expect_picture")
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        self._ask("load_adapter", name, str(folder.absolute()))
+        self._adapters.append(name)
+
+    def unload_adapter(self, name: str) -> None:
+        self._ask("unload_adapter", name)
+        self._adapters.remove(name)
+
+    def adapters(self) -> list[str]:
+        return list(self._adapters)
+
+    def residency_report(self) -> dict[str, dict[str, float | None]]:
+        report: dict[str, dict[str, float | None]] = self._ask("residency_report", timeout_s=5.0)
+        return report
 
     def open_ids(self) -> list[str]:
         return list(self._sinks)
@@ -138,11 +177,8 @@ class EngineProcess:
     def stats(self) -> dict[str, float]:
         """Of the child, asked now; the last known ones if it is busy for more than a second or gone."""
         if self.failure is None:
-            self._control("stats")
-            try:
-                self._last_stats = self._stats.get(timeout=1.0)
-            except queue.Empty:
-                return self._last_stats
+            with suppress(EngineError):
+                self._last_stats = self._ask("stats", timeout_s=1.0)
         return self._last_stats
 
     def close(self) -> None:
@@ -160,7 +196,26 @@ class EngineProcess:
             self._raise_if_dead()
             self._send(Control(verb, request_id))
 
-    def _send(self, message: Submit | Control) -> None:
+    def _ask(self, verb: str, *arguments: str, timeout_s: float = 120.0) -> Any:
+        """The result of a call in the child; its error is raised here. EngineError if none comes."""
+        answer: queue.SimpleQueue[Reply] = queue.SimpleQueue()
+        ticket = next(self._tickets)
+        try:
+            with self._lock:
+                self._raise_if_dead()
+                self._waiting[ticket] = answer
+                self._send(Ask(ticket, verb, arguments))
+            reply = answer.get(timeout=timeout_s)
+        except queue.Empty as error:
+            raise EngineError(f"the engine's process did not answer within {timeout_s:g} s") from error
+        finally:
+            self._waiting.pop(ticket, None)
+        if reply.error is not None:
+            kind, message = reply.error
+            raise getattr(errors, kind)(message)
+        return reply.value
+
+    def _send(self, message: Submit | Control | Ask) -> None:
         try:
             self._out.send(_encode(message))
         except zmq.Again as error:
@@ -175,6 +230,9 @@ class EngineProcess:
         with self._lock:
             self.failure = self.failure or f"its process ended with code {code}"
             orphans, self._sinks = self._sinks, {}
+            waiting = list(self._waiting.values())
+        for answer in waiting:
+            answer.put(Reply(-1, error=("EngineError", f"the engine has stopped: {self.failure}")))
         self._ready.put(Failed(f"the engine could not start: {self.failure}"))
         for name, sink in orphans.items():
             sink(Output(name, finish_reason="error", cause=self.failure))
@@ -187,8 +245,10 @@ class EngineProcess:
             if isinstance(report, Outputs):
                 for output in report.outputs:
                     self._deliver(output)
-            elif isinstance(report, Stats):
-                self._stats.put(report.values)
+            elif isinstance(report, Reply):
+                answer = self._waiting.get(report.ticket)
+                if answer is not None:
+                    answer.put(report)
             else:
                 self._ready.put(report)
 
@@ -213,7 +273,7 @@ def _child(place: str, folder: str, options: dict[str, Any]) -> None:
     except Error as error:
         reports.send(_encode(Failed(error.message)))
         return
-    pending: queue.SimpleQueue[Output | Ready | Stats | None] = queue.SimpleQueue()
+    pending: queue.SimpleQueue[Output | Ready | Reply | None] = queue.SimpleQueue()
     sender = threading.Thread(target=_send, args=(reports, pending), daemon=True)
     sender.start()
     pending.put(Ready(engine.scheduler.max_model_tokens, engine.runner.vocab_size))
@@ -229,17 +289,28 @@ def _child(place: str, folder: str, options: dict[str, Any]) -> None:
             except Error as error:
                 name = command.request.request_id
                 pending.put(Output(name, finish_reason="error", cause=error.message))
+        elif isinstance(command, Ask):
+            pending.put(_answer(engine, command))
         elif command.verb == "stop":
             break
-        elif command.verb == "stats":
-            pending.put(Stats(engine.stats()))
-        elif command.verb == "reset":
-            engine.reset_caches()
-        else:
+        elif command.request_id:
             getattr(engine, command.verb)(command.request_id)
+        else:
+            getattr(engine, command.verb)()
     engine.close()
     pending.put(None)
     sender.join(timeout=5)
+
+
+def _answer(engine: Engine, ask: Ask) -> Reply:
+    call: Any = getattr(engine, ask.verb)
+    arguments: Seq[Any] = ask.arguments
+    if ask.verb == "load_adapter":
+        arguments = (ask.arguments[0], Path(ask.arguments[1]))
+    try:
+        return Reply(ask.ticket, call(*arguments))
+    except Error as error:
+        return Reply(ask.ticket, error=(type(error).__name__, error.message))
 
 
 def _send(reports: Any, pending: queue.SimpleQueue[Any]) -> None:

@@ -7,7 +7,6 @@ A medium is encoded alone, so that its features do not depend on what else is as
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from duomo.checkpoints.residency import Residency
+from duomo.engine.adapters import Adapters
 from duomo.engine.batch import Track, build_step_batch
 from duomo.engine.features import FeatureCache
 from duomo.engine.kv import PagedCache
@@ -31,22 +31,9 @@ from duomo.processing.prompt import Grid
 Floats = npt.NDArray[np.float32]
 
 
-class Adapters(Protocol):
-    """Where low-rank adapters live; the training kit fills it. "" is the plain model."""
-
-    def names(self) -> Seq[str]: ...
-
-    def use(self, name: str) -> AbstractContextManager[object]:
-        """The model computes with this adapter inside."""
-        ...
-
-
 class Runner(Protocol):
     vocab_size: int
-
-    def adapters(self) -> Seq[str]:
-        """Names a request may choose besides "", the plain model."""
-        ...
+    adapters: Adapters
 
     def execute(self, step: Step, logit_starts: Seq[int]) -> list[Floats]:
         """Logits [rows, V] of every work, from its `logit_starts` token on."""
@@ -73,14 +60,13 @@ class ModelRunner:
         feature_bytes: int = 256 << 20,
         feature_folder: Path | None = None,
         fingerprint: str = "",
-        adapters: Adapters | None = None,
     ) -> None:
         self.model = model.eval()
         self.vocab_size = model.config.vocab_size
         self.cache = PagedCache(model.config, num_pages, page_size, kv_dtype)
         self.features = FeatureCache(feature_bytes, feature_folder, fingerprint)
         self.residency: Residency | None = None  # of packed weights; set by whoever opened them
-        self._adapters = adapters
+        self.adapters = Adapters(self.model)
         self._tracks: dict[str, Track] = {}
         self._swapped: dict[str, list[torch.Tensor]] = {}
 
@@ -96,22 +82,19 @@ class ModelRunner:
         for adapter in dict.fromkeys(work.sequence.request.adapter for work in step.works):
             chosen = [i for i, work in enumerate(step.works) if work.sequence.request.adapter == adapter]
             chosen.sort(key=lambda i: step.works[i].count)  # equal counts side by side
-            with self._adapters.use(adapter) if self._adapters else nullcontext():
+            with self.adapters.use(adapter):
                 works = [step.works[i] for i in chosen]
                 rows = self._forward(works, [logit_starts[i] for i in chosen], step.traces)
             for i, piece in zip(chosen, rows, strict=True):
                 pieces[i] = piece
         return pieces
 
-    def adapters(self) -> Seq[str]:
-        return self._adapters.names() if self._adapters else ()
-
     def _forward(self, works: Seq[Work], starts: Seq[int], traces: dict[str, ExpertTrace]) -> list[Floats]:
         tracks = [self._track(work.sequence) for work in works]
         for work, track in zip(works, tracks, strict=True):
             for index in track.media_in(work.start, work.start + work.count):
                 if index not in track.features:
-                    track.features[index] = self._features(track.media[index])
+                    track.features[index] = self._features(track.media[index], work.sequence.request.adapter)
         batch = build_step_batch(works, tracks, self.model.config, self.cache.page_size, starts)
         if any(work.sequence.request.params.return_experts for work in works):
             batch = replace(batch, expert_ids_LTK=_no_choice(self.model.config, len(batch.ids_T)))
@@ -149,14 +132,15 @@ class ModelRunner:
             self._tracks[name] = Track(sequence.request)
         return self._tracks[name]
 
-    def _features(self, medium: MediaBlob) -> torch.Tensor:
+    def _features(self, medium: MediaBlob, adapter: str) -> torch.Tensor:
         grid = Grid(*medium.grid)
 
         def encode() -> torch.Tensor:
             patches = np.frombuffer(medium.patches, dtype=np.uint8).reshape(grid.num_patches, -1)
             return self.model.encode(torch.from_numpy(normalize(patches)), [grid])
 
-        return self.features.get(medium.content_hash, encode)
+        own = adapter.encode() if self.adapters.touches_vision(adapter) else b""
+        return self.features.get(medium.content_hash + own, encode)
 
     def _drop_features(self, sequence: Sequence, stop: int) -> None:
         track = self._tracks[sequence.request.request_id]

@@ -11,6 +11,7 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 
+from duomo.engine.adapters import Adapters
 from duomo.engine.runner import Floats
 from duomo.engine.scheduler import Sequence, Step
 
@@ -20,6 +21,7 @@ Script = Callable[[Seq[int]], int]
 class ScriptedRunner:
     def __init__(self, script: Script, vocab_size: int, step_seconds: float = 0.0) -> None:
         self.script, self.vocab_size, self.step_seconds = script, vocab_size, step_seconds
+        self.adapters = Adapters()
         self.num_steps = self.num_tokens = 0
         self.media_encoded = 0
 
@@ -36,9 +38,6 @@ class ScriptedRunner:
                 logits[row, self.script(ids[: work.start + first + row + 1])] = 10.0
             pieces.append(logits)
         return pieces
-
-    def adapters(self) -> Seq[str]:
-        return ()
 
     def forget(self, sequence: Sequence) -> None: ...
 

@@ -135,7 +135,7 @@ class Model:
         }
 
     def residency(self) -> Mapping[str, Mapping[str, float | None]]:
-        return self.llm.residency.report() if self.llm.residency else {}
+        return self.llm.residency_report()
 
     async def close(self) -> None:
         await asyncio.to_thread(self.llm.close)
