@@ -65,30 +65,40 @@ __mmask16 seen(int64_t count, int64_t u) {
     return count - u >= 16 ? 0xFFFF : count > u ? __mmask16((1u << (count - u)) - 1) : 0;
 }
 
-float soften_fast(const float* scores, int64_t count, int64_t padded, float* most, float* total, uint16_t* weights) {
+template <bool is_whole>
+float soften_row(const float* scores, int64_t count, int64_t padded, float* most, float* total, uint16_t* weights) {
     const __m512 none = _mm512_set1_ps(-1e30f);
     __m512 peak[4] = {_mm512_set1_ps(*most), none, none, none};
     for (int64_t u = 0; u < padded; u += 64)
-        for (int i = 0; i < 4; ++i)
-            peak[i] = _mm512_mask_max_ps(peak[i], seen(count, u + 16 * i), peak[i],
-                                         _mm512_loadu_ps(scores + u + 16 * i));
+        for (int i = 0; i < 4; ++i) {
+            const __m512 s = _mm512_loadu_ps(scores + u + 16 * i);
+            peak[i] = is_whole ? _mm512_max_ps(peak[i], s)
+                               : _mm512_mask_max_ps(peak[i], seen(count, u + 16 * i), peak[i], s);
+        }
     const float raised =
         _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(peak[0], peak[1]), _mm512_max_ps(peak[2], peak[3])));
     const __m512 shift = _mm512_set1_ps(raised);
-    __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (int64_t u = 0; u < padded; u += 32) {
-        __m512 p[2];
-        for (int i = 0; i < 2; ++i) {
-            const __m512 s = _mm512_sub_ps(_mm512_loadu_ps(scores + u + 16 * i), shift);
-            p[i] = _mm512_maskz_mov_ps(seen(count, u + 16 * i), power_of_two_fast(s));
+    __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (int64_t u = 0; u < padded; u += 64) {
+        __m512 p[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            p[i] = power_of_two_fast(_mm512_sub_ps(_mm512_loadu_ps(scores + u + 16 * i), shift));
+            if (!is_whole) p[i] = _mm512_maskz_mov_ps(seen(count, u + 16 * i), p[i]);
             sum[i] = _mm512_add_ps(sum[i], p[i]);
         }
         _mm512_storeu_si512(weights + u, __m512i(_mm512_cvtne2ps_pbh(p[1], p[0])));
+        _mm512_storeu_si512(weights + u + 32, __m512i(_mm512_cvtne2ps_pbh(p[3], p[2])));
     }
     const float factor = _mm512_cvtss_f32(power_of_two_fast(_mm512_set1_ps(*most - raised)));
     *most = raised;
-    *total = *total * factor + _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
+    *total = *total * factor +
+             _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
     return factor;
+}
+
+float soften_fast(const float* scores, int64_t count, int64_t padded, float* most, float* total, uint16_t* weights) {
+    return (count == padded ? soften_row<true> : soften_row<false>)(scores, count, padded, most, total, weights);
 }
 
 template <int rows, int parts>
