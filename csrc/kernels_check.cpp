@@ -2,10 +2,11 @@
 // (-DDUOMO_SANITIZE=ON), and under qemu for NEON:
 //
 //   aarch64-linux-gnu-g++ -std=c++20 -O2 -static -Wno-psabi -ffp-contract=off -march=armv8.2-a+dotprod
-//       csrc/kernels_check.cpp csrc/{code,cpu,pool,packed,experts}.cpp csrc/packed_*.cpp csrc/rotate_*.cpp -o check
+//       csrc/kernels_check.cpp csrc/{code,cpu,pool,packed,experts,vision}.cpp csrc/{packed,rotate,vision}_*.cpp -o check
 //   qemu-aarch64 ./check
 //
 // Python's tests compare with the reference; this one finds reads and writes outside, and knows no Python.
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -15,6 +16,7 @@
 #include "cpu.hpp"
 #include "experts.hpp"
 #include "pool.hpp"
+#include "vision.hpp"
 
 using namespace duomo;
 
@@ -107,11 +109,48 @@ Results run_all(const char* isa) {
     return results;
 }
 
+// The tower's attention and MLP: equal to bf16's rounding, so they are compared by their distance.
+std::vector<float> run_vision(const char* isa) {
+    set_isa(isa);
+    state = 2;
+    std::vector<float> all;
+    const std::vector<int64_t> lengths = {1, 61, 300};
+    for (int64_t head_dim : {16, 48, 80, 128}) {
+        const auto query = random_rows(362 * 2 * head_dim), key = random_rows(362 * 2 * head_dim),
+                   value = random_rows(362 * 2 * head_dim);
+        std::vector<float> out(query.size());
+        VisionScratch scratch;
+        frame_attention(scratch, query.data(), key.data(), value.data(), {lengths.data(), 3}, {2, head_dim}, out.data());
+        all.insert(all.end(), out.begin(), out.end());
+    }
+    std::vector<int8_t> codes(96 * 48);
+    for (auto& code : codes) code = int8_t(int(random_bits() % 255) - 127);
+    const std::vector<uint16_t> scale(96, 0x1400);
+    const Int8Rows fc1 = {{codes.data(), scale.data(), 96, 48, 16}, {}};
+    const Int8Rows fc2 = {{codes.data(), scale.data(), 48, 96, 32}, {}};
+    const auto bias = random_rows(96);
+    auto hidden = random_rows(61 * 48);
+    VisionScratch scratch;
+    vision_mlp(scratch, hidden.data(), 61, {bias.data(), bias.data(), 1e-6f}, {&fc1, bias.data()}, {&fc2, bias.data()});
+    all.insert(all.end(), hidden.begin(), hidden.end());
+    return all;
+}
+
+double distance(const std::vector<float>& a, const std::vector<float>& b) {
+    double off = 0, size = 0;
+    for (size_t i = 0; i < a.size(); ++i) {
+        off += double(a[i] - b[i]) * double(a[i] - b[i]);
+        size += double(b[i]) * double(b[i]);
+    }
+    return std::sqrt(off / size);
+}
+
 }  // namespace
 
 int main() {
     set_num_threads(2);
     const Results expected = run_all("portable");
+    const std::vector<float> expected_vision = run_vision("portable");
     int failures = 0;
     for (const char* isa : {"avx2", "avx512", "neon"}) {
         const Results got = run_all(isa);
@@ -119,7 +158,9 @@ int main() {
         const bool same = got.values.size() == expected.values.size() &&
                           !std::memcmp(got.values.data(), expected.values.data(), got.values.size() * sizeof(float));
         std::printf("%s: %zu values %s the portable ones\n", isa, got.values.size(), same ? "equal" : "DIFFER FROM");
-        failures += !same;
+        const double apart = distance(run_vision(isa), expected_vision);
+        std::printf("%s: the tower is %.1e from the portable one\n", isa, apart);
+        failures += !same || !(apart < 2e-3);
     }
     return failures;
 }
