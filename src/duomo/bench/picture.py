@@ -137,7 +137,7 @@ def show(tokens: int, runs: dict[str, Any]) -> None:
         sizes = (
             f"{run['prompt_tokens']} tokens, {run['cached_tokens']} cached, tower {run['tower calls']} times"
         )
-        print(f"  {name}: {run['total_s']:.2f} s, {sizes} ({parts}){ratio}")
+        print(f"  {name}: {run['total_s']:.2f} s, {sizes} ({parts}){ratio}", flush=True)
 
 
 def main() -> None:
