@@ -7,15 +7,22 @@ greedy decoding would have answered. `duomo eval MODEL --data` uses the same.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from duomo.checkpoints import load_model
+from duomo.checkpoints.stream import is_quantized
 from duomo.model import Ernie
 from duomo.train.forward import run_pack
+from duomo.train.frozen import open_packed
 from duomo.train.packing import Budget, pack
-from duomo.train.samples import Samples
+from duomo.train.peft import load_adapter
+from duomo.train.samples import Renderer, Samples
 from duomo.train.settings import Settings
+from duomo.train.stages import EMBEDDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,20 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         return math.exp(min(50.0, self.loss))
+
+
+def evaluate_folder(
+    model_folder: Path | None, files: Sequence[Path], adapter: Path | None = None, max_tokens: int = 4096
+) -> Evaluation:
+    """A checkpoint, plain or 2-bit, with an adapter or without, on rows. None is the embedded model."""
+    folder = model_folder or EMBEDDED
+    model = load_model(folder, None if is_quantized(folder) else torch.float32)
+    if adapter is not None:
+        open_packed(model)
+        load_adapter(model, adapter)
+    samples = Samples(files, Renderer.of(folder, model.config), max_tokens)
+    settings = Settings("sft", "", [str(file) for file in files], max_tokens=max_tokens)
+    return evaluate(model, samples, settings)
 
 
 @torch.no_grad()

@@ -152,6 +152,8 @@ def read_settings(
             )
             raise TrainingError(f"the recipe has {name!r}, which means nothing; {hint}", key=name)
     for name in ("data", "eval_data", "train"):
+        if name in fields and fields[name] is None:
+            fields[name] = []
         if isinstance(fields.get(name), str):
             fields[name] = [part for part in str(fields[name]).split(",") if part]
     try:
