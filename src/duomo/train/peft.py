@@ -54,7 +54,7 @@ def save_adapter(model: Ernie, plan: LoraPlan, folder: Path, base_name: str = ""
         "lora_alpha": plan.scale * usual,
         "rank_pattern": other,
         "alpha_pattern": {module: plan.scale * rank for module, rank in other.items()},
-        "target_modules": sorted({module.rsplit(".", 1)[1] for module in ranks}),
+        "target_modules": sorted(ranks),
         "bias": "none",
         "lora_dropout": 0.0,
         "duomo": {"ranks": dict(plan.ranks), "scale": plan.scale},

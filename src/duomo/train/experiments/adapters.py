@@ -61,9 +61,8 @@ def adapt(base: Path, rows: Path, output: Path, steps: int) -> Path:
 
 
 def figures(found: Evaluation) -> Fields:
-    return {
-        "loss": round(found.loss, 4), "answers_right": round(found.answers_right, 4), "rows": found.num_samples,
-    }  # fmt: skip
+    share = round(found.answers_right, 4)
+    return {"loss": round(found.loss, 4), "answers_right": share, "rows": found.num_samples}
 
 
 def digest(folder: Path) -> str:
