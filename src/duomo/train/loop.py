@@ -103,9 +103,10 @@ class Run:
             report = self.step(objective, step)
             done = step + 1
             is_last = done == self.num_steps
+            fresh = None
             if settings.eval_every and self.eval_samples and (done % settings.eval_every == 0 or is_last):
-                evaluation = evaluate(self.model, self.eval_samples, settings)
-            progress.note(done, report, self.optimizer.param_groups[0]["lr"], self.usage, evaluation)
+                fresh = evaluation = evaluate(self.model, self.eval_samples, settings)
+            progress.note(done, report, self.optimizer.param_groups[0]["lr"], self.usage, fresh)
             self.usage.clear()
             if done % settings.save_every == 0 or is_last:
                 self.save(done)
@@ -130,7 +131,8 @@ class Run:
         self.optimizer.step()
         after_step(self.usage, settings.losses, settings.rate * factor)
         for modality in MODALITIES:
-            report.values[f"imbalance/{modality}"] = self.usage.imbalance(modality)
+            if worst := self.usage.imbalance(modality):
+                report.values[f"imbalance/{modality}"] = worst
         return report
 
     def save(self, done: int) -> None:

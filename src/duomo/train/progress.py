@@ -41,6 +41,7 @@ class Progress:
         self._since: list[StepReport] = []
         self._began = self._first_step = 0.0
         self._num_steps = 0
+        self._judged: Evaluation | None = None
         self._tokens = 0
 
     def say(self, line: str) -> None:
@@ -81,13 +82,16 @@ class Progress:
     def note(
         self, done: int, report: StepReport, rate: float, usage: Usage, evaluation: Evaluation | None
     ) -> None:
+        """One step; `evaluation` where one was just made."""
         self._since.append(report)
+        self._judged = evaluation or self._judged
         self._tokens += report.num_tokens
         if self._bar is not None:
             self._bar.update(self._task, completed=done, loss=f"{report.loss:.4f}", speed=self._speed())
         if done % self.settings.report_every and done != self._num_steps:
             return
-        row = self._row(done, rate, usage, evaluation)
+        row = self._row(done, rate, usage, self._judged)
+        self._judged = None
         self.rows.append(row)
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -112,7 +116,10 @@ class Progress:
         span, self._mark = max(1e-9, now - self._mark), now
         judged = sum(step.num_judged for step in steps)
         pace = (now - self._began) / max(1, done - self._first_step)
-        values = {name: sum(s.values[name] for s in steps) / count for name in steps[-1].values}
+        values = {}
+        for name in sorted({name for step in steps for name in step.values}):
+            told = [step.values[name] for step in steps if name in step.values]
+            values[name] = sum(told) / len(told)
         row: dict[str, Any] = {
             "step": done,
             "loss": sum(step.loss for step in steps) / count,
@@ -122,7 +129,7 @@ class Progress:
             "seconds_left": pace * (self._num_steps - done),
             "supervised": sum(step.num_supervised for step in steps),
             "values": values,
-            "usage": usage.shares(),
+            "usage": usage.take_shares(),
         }
         if evaluation is not None:
             row["evaluation"] = asdict(evaluation)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_WIDTH, _HEIGHT, _PAD = 420, 150, 34
+_WIDTH, _HEIGHT, _PAD = 420, 150, 54
 _STYLE = """
 body{font:14px/1.5 system-ui,sans-serif;margin:2em auto;max-width:900px;padding:0 1em;color:#1a2330;
 background:#fff}
@@ -126,7 +126,7 @@ def _experts(rows: Sequence[Mapping[str, Any]]) -> str:
                     f"<title>expert {expert}: {100 * share:.1f} %, even is {100 * even:.1f} %</title></rect>"
                 )
         worst = max(max(shares) * len(shares) for shares in layers)
-        said = f"{modality} experts, a row a layer; most used {worst:.2f} times even"
+        said = f"{modality} experts, a row for each layer that has them; most used {worst:.2f} times even"
         drawn = f'width="{24 + len(layers[0]) * size}" height="{len(layers) * size}">{"".join(cells)}'
         parts.append(f"<figure><svg {drawn}</svg><figcaption>{said}</figcaption></figure>")
     return f'<h2>Expert usage</h2><div class="grid">{"".join(parts)}</div>' if parts else ""

@@ -69,11 +69,12 @@ class RouterWatch:
 
 
 class Usage:
-    """Tokens that chose each expert, by place, since the last `clear`."""
+    """Tokens that chose each expert, by place: of this step, and `since` the last report."""
 
     def __init__(self, places: dict[Router, Place]) -> None:
         self.places = places
         self.counts = {place: torch.zeros(router.bias.numel()) for router, place in places.items()}
+        self.since = {place: torch.zeros_like(counts) for place, counts in self.counts.items()}
 
     def add(self, seen: Iterable[tuple[Router, Routing]]) -> None:
         for router, routing in seen:
@@ -83,7 +84,9 @@ class Usage:
             )
 
     def clear(self) -> None:
-        for counts in self.counts.values():
+        """Ends a step."""
+        for place, counts in self.counts.items():
+            self.since[place] += counts
             counts.zero_()
 
     def imbalance(self, modality: str) -> float:
@@ -91,13 +94,14 @@ class Usage:
         found = [c.max() / c.mean() for p, c in self.counts.items() if p.modality == modality and c.any()]
         return float(max(found)) if found else 0.0
 
-    def shares(self) -> dict[str, list[list[float]]]:
-        """By modality, a row a layer: the share of tokens that chose each expert."""
+    def take_shares(self) -> dict[str, list[list[float]]]:
+        """By modality, a row a layer: the share of tokens that chose each expert since the last call."""
         found: dict[str, list[list[float]]] = {}
-        for place in sorted(self.counts):
-            counts = self.counts[place]
+        for place in sorted(self.since):
+            counts = self.since[place] + self.counts[place]
             row = (counts / counts.sum().clamp(min=1)).tolist()
             found.setdefault(place.modality, []).append([round(share, 5) for share in row])
+            self.since[place] = -self.counts[place]  # `clear` will add them: they are told already
         return found
 
 

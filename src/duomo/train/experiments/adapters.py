@@ -51,10 +51,10 @@ def old_rows(split: Split, count: int, seed: int) -> list[Fields]:
     return rows
 
 
-def adapt(base: Path, rows: Path, output: Path, steps: int) -> Path:
+def adapt(base: Path, rows: Path, output: Path, steps: int, rate: float) -> Path:
     fields = {
         "stage": "sft", "model": str(base), "data": [str(rows)], "output": str(output), "steps": steps,
-        "max_tokens": 768, "rate": 3e-3, "warmup_steps": 10, "weight_decay": 0.0, "tensorboard": False,
+        "max_tokens": 768, "rate": rate, "warmup_steps": 10, "weight_decay": 0.0, "tensorboard": False,
         "save_every": 20, "lora": {"ranks": {"attention": 16, "shared": 16, "dense": 16, "text_experts": 4}},
     }  # fmt: skip
     return finetune(fields, say=lambda line: print(f"{output.name}: {line}", flush=True)).folder
@@ -84,8 +84,8 @@ def run(folder: Path, json_file: Path | None, steps: int, num_test: int) -> Fiel
         return figures(evaluate_folder(base, [rows], adapter))
 
     bases = {"bf16": EMBEDDED, "2 bits": packed}
-    learned = {name: adapt(base, new, folder / f"new {name}", steps) for name, base in bases.items()}
-    restored = {name: adapt(base, old, folder / f"old {name}", steps) for name, base in bases.items()}
+    learned = {name: adapt(base, new, folder / f"new {name}", steps, 3e-3) for name, base in bases.items()}
+    restored = {name: adapt(base, old, folder / f"old {name}", steps, 3e-4) for name, base in bases.items()}
     result: Fields = {"steps": steps, "new task": {}, "old tasks": {}}
     for name, base in bases.items():
         result["new task"][name] = {
