@@ -3,7 +3,9 @@
 import base64
 import json
 
-from tests.serve.conftest import picture
+import pytest
+
+from tests.serve.conftest import picture, picture_url
 
 ASK = {"max_tokens": 200, "messages": [{"role": "user", "content": "hi"}]}
 
@@ -70,19 +72,31 @@ def test_pictures_are_counted(server):
     assert server.client.post("/v1/messages", json=body).status_code == 400
 
 
-def test_decisions_answer_each_question(server):
+def test_decisions_answer_each_question_in_its_own_shape(server):
     questions = [
-        {"type": "predicate", "text": "Is it red?", "name": "red"},
-        {"type": "choice", "text": "What is it?", "options": ["cat", "dog", "cow"]},
-        {"type": "score", "text": "How red?", "low": 1, "high": 3},
+        {"type": "predicate", "instructions": "It is red.", "name": "red"},
+        {
+            "type": "choice",
+            "instructions": [{"type": "input_text", "text": "What is it?"}],
+            "choices": [{"value": "cat", "description": "it purrs"}, {"value": True}, {"value": "cow"}],
+        },
+        {"type": "score", "instructions": "How red?", "levels": [{"label": "pale"}, {"label": "deep"}]},
     ]
-    body = {"messages": ASK["messages"], "questions": questions}
-    got = server.client.post("/v1/decisions", json=body).json()["decisions"]
-    assert [d["name"] for d in got] == ["red", "question_1", "question_2"]
-    assert set(got[1]["probabilities"]) == {"cat", "dog", "cow"} and got[0]["answer"] == "Yes"
+    picture_part = {"type": "input_image", "image_url": picture_url()}
+    data = {"type": "input_json", "data": {"a": [1]}}
+    body = {"input": [{"role": "user", "content": [picture_part, data]}], "questions": questions}
+    got = server.client.post("/v1/decisions", json=body).json()
+    red, what, how = got["answers"]
+    assert red == {"type": "predicate", "name": "red", "probability": 0.9}
+    assert (what["choice"], what["confidence"], what["name"]) == ("cat", 0.9, None)
+    assert [p["value"] for p in what["probabilities"]] == ["cat", True, "cow"]
+    assert [(p["label"], p["value"]) for p in how["probabilities"]] == [("pale", 0), ("deep", 1)]
+    assert how["score"] == pytest.approx(0.1) and got["usage"]["input_tokens_details"]["image_tokens"] == 64
+    assert server.client.post("/v1/decisions", json={**body, "input": "a text"}).status_code == 200
     for wrong in (
         [],
-        [{"type": "choice", "text": "x", "options": ["a"]}],
-        [{"type": "score", "text": "x", "low": 9}],
+        [{"type": "choice", "instructions": "x", "choices": [{"value": "a"}]}],
+        [{"type": "choice", "instructions": "x", "choices": [{"value": "true"}, {"value": True}]}],
+        [{"type": "score", "instructions": "x", "levels": []}],
     ):
         assert server.client.post("/v1/decisions", json={**body, "questions": wrong}).status_code == 400

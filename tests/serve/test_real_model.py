@@ -225,17 +225,20 @@ def test_logprobs_have_tokens_bytes_and_alternatives(real):
 
 def test_decisions_about_a_picture_sum_to_one(real):
     questions = [
-        {"type": "predicate", "text": "Is it blue?"},
-        {"type": "choice", "text": "What is it?", "options": ["cat", "dog"]},
-        {"type": "score", "text": "How blue?", "low": 1, "high": 5},
+        {"type": "predicate", "instructions": "It is blue."},
+        {"type": "choice", "instructions": "What is it?", "choices": [{"value": "cat"}, {"value": "dog"}]},
+        {"type": "score", "instructions": "How blue?", "levels": [{"label": str(n)} for n in range(4)]},
     ]
-    body = {"messages": see(picture_url(width=60, height=60))["messages"], "questions": questions}
+    part = {"type": "input_image", "image_url": picture_url(width=60, height=60)}
+    body = {"input": [{"role": "user", "content": [part]}], "questions": questions}
     got = real.client.post("/v1/decisions", json=body)
     assert got.status_code == 200, got.text
-    for decision in got.json()["decisions"]:
-        assert abs(sum(decision["probabilities"].values()) - 1) < 1e-6
-        assert decision["answer"] == max(decision["probabilities"], key=decision["probabilities"].get)
-    assert 1 <= got.json()["decisions"][2]["score"] <= 5
+    blue, what, how = got.json()["answers"]
+    assert 0 < blue["probability"] < 1 and got.json()["usage"]["input_tokens_details"]["image_tokens"] > 0
+    for answer_ in (what, how):
+        shares = [row["probability"] for row in answer_["probabilities"]]
+        assert abs(sum(shares) - 1) < 1e-6 and max(shares) == answer_["confidence"]
+    assert 0 <= how["score"] <= 3
 
 
 def test_an_application_is_made_of_an_open_llm(real):

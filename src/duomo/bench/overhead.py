@@ -3,9 +3,10 @@
 `duomo serve --engine clock` makes a token for all streams at each step, and a token is the time it was made.
 Here 8 sockets are read by one thread, and the difference to the moment of reading is what server, kernel and
 reader added. The first token also pays for the request's way in: from sending it to its arrival at the
-engine. All streams of a round are sent at once, so queueing behind each other is counted. Rounds alternate
-with the same against `duomo.bench.bare`, which writes prepared bytes: what that takes is the kernel's, the
-reader's and the event loop's, and the difference is the server's own.
+engine. Requests begin one after another while the earlier ones stream (`server`), or all at once, so that
+they queue behind each other (`burst`); tokens come all at once in both. Rounds alternate with the same against
+`duomo.bench.bare`, which writes prepared bytes: what that takes is the kernel's, the reader's and the event
+loop's, and the difference (`own`) is the server's.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+_GAP_S = 0.0173  # between the beginnings of two streams; no multiple of the step
 _ASKED_MS = {"first_token": 2.0, "next_token": 0.2}
 
 
-def measure(port: int, streams: int, tokens: int, rounds: int) -> dict[str, list[float]]:
+def measure(port: int, streams: int, tokens: int, rounds: int, gap_s: float = 0.0) -> dict[str, list[float]]:
     """Milliseconds added, of every first and of every later token."""
     added: dict[str, list[float]] = {"first_token": [], "next_token": []}
     for _ in range(rounds):
-        for sent_ns, arrivals in _round(port, streams, tokens):
+        for sent_ns, arrivals in _round(port, streams, tokens, gap_s):
             times = _times(arrivals)
             assert len(times) == tokens, f"{len(times)} tokens came of {tokens}"
             for index, (read_ns, stamps) in enumerate(times):
@@ -40,7 +42,7 @@ def measure(port: int, streams: int, tokens: int, rounds: int) -> dict[str, list
     return added
 
 
-def _round(port: int, streams: int, tokens: int) -> list[tuple[int, list[tuple[int, bytes]]]]:
+def _round(port: int, streams: int, tokens: int, gap_s: float) -> list[tuple[int, list[tuple[int, bytes]]]]:
     body = json.dumps(
         {
             "model": "default", "stream": True, "max_tokens": tokens, "enable_thinking": False,
@@ -56,13 +58,16 @@ def _round(port: int, streams: int, tokens: int) -> list[tuple[int, list[tuple[i
     sent: dict[socket.socket, int] = {}
     read: dict[socket.socket, list[tuple[int, bytes]]] = {one: [] for one in sockets}
     with selectors.DefaultSelector() as ready:
-        for one in sockets:
-            ready.register(one, selectors.EVENT_READ)
-            sent[one] = time.monotonic_ns()
-            one.sendall(head + body)
+        unsent, due = list(sockets), time.monotonic()
         waiting = len(sockets)
         while waiting:
-            for key, _ in ready.select(timeout=30):
+            while unsent and time.monotonic() >= due:
+                one = unsent.pop()
+                due += gap_s
+                ready.register(one, selectors.EVENT_READ)
+                sent[one] = time.monotonic_ns()
+                one.sendall(head + body)
+            for key, _ in ready.select(timeout=max(0.0, due - time.monotonic()) if unsent else 30):
                 ended: Any = key.fileobj
                 data = ended.recv(65536)
                 read[ended].append((time.monotonic_ns(), data))
@@ -112,7 +117,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the figures go")
     asked = parser.parse_args()
     step_s = str(asked.step_ms / 1000)
-    ports = {"server": _free_port(), "bare": _free_port()}
+    ports = {"server": free_port(), "bare": free_port()}
     flags = ["--scripted-delay-s", step_s, "--log-level", "warning", "--port", str(ports["server"])]
     commands = {
         "server": ["duomo.serve", "--engine", "clock", *flags],
@@ -122,15 +127,16 @@ def main() -> None:
         subprocess.Popen([sys.executable, "-m", *command], stderr=subprocess.DEVNULL)
         for command in commands.values()
     ]
-    added: dict[str, dict[str, list[float]]] = {name: {} for name in ports}
+    added: dict[str, dict[str, list[float]]] = {}
     try:
         for port in ports.values():
-            _wait(port)
+            wait_for(port)
             measure(port, asked.streams, 20, 1)  # warm
         for _ in range(asked.rounds):
-            for name, port in ports.items():
-                for kind, values in measure(port, asked.streams, asked.tokens, 1).items():
-                    added[name].setdefault(kind, []).extend(values)
+            for name, gap_s in (("server", _GAP_S), ("bare", _GAP_S), ("burst", 0.0)):
+                port = ports["bare" if name == "bare" else "server"]
+                for kind, values in measure(port, asked.streams, asked.tokens, 1, gap_s).items():
+                    added.setdefault(name, {}).setdefault(kind, []).extend(values)
     finally:
         for process in running:
             process.terminate()
@@ -151,13 +157,14 @@ def main() -> None:
         asked.json.write_text(json.dumps({"streams": asked.streams, **figures}, indent=1) + "\n")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _wait(port: int) -> None:
+def wait_for(port: int) -> None:
+    """Returns once the port is open; SystemExit after a minute."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:

@@ -194,13 +194,12 @@ async def count(request: Request) -> Response:
     job, _ = await job_of(server, call, request_id(request, "count-"))
     counted = await backend.count(job)
     return json_response(
-        {
-            "object": "chat.completion.input_tokens",
-            "input_tokens": counted.prompt_tokens,
-            "image_tokens": counted.image_tokens,
-            "video_tokens": counted.video_tokens,
-            "media_tokens": list(counted.media_tokens),
-            "max_model_len": backend.facts.max_model_len,
-        },
+        schema.InputTokens(
+            counted.prompt_tokens,
+            counted.image_tokens,
+            counted.video_tokens,
+            list(counted.media_tokens),
+            backend.facts.max_model_len,
+        ),
         headers,
     )

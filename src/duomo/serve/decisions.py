@@ -1,95 +1,221 @@
-"""POST /v1/decisions: yes/no, choice and score questions about one conversation, answered from logits.
+"""POST /v1/decisions: predicate, choice and score questions about one input, answered from logits.
 
-All questions share the prefill of the conversation, pictures included, and nothing is decoded. The body is a
-conversation as in chat, and `questions`, each with a name and a type: predicate, choice or score.
+The shape is that of OpenAI's Decisions (its Python and Node clients speak it), and pictures are read. All
+questions share the prefill of the input and nothing is decoded: each option's probability is read after the
+question. An option of several tokens is scored whole. The value of a score's level is its place, from 0.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
+from duomo.engine.request import SamplingParams
 from duomo.serve import convert, schema
+from duomo.serve.backend import Job
 from duomo.serve.problems import Problem, invalid
+from duomo.serve.responses import turns_of
 from duomo.serve.server import answers, json_response, request_id, server_of
 from duomo.serve.stream import unless_gone
 
+Word = Annotated[str, Meta(min_length=1, max_length=512)]
+
+
+class TextPart(Struct, tag="input_text", tag_field="type"):
+    text: str
+
+
+class JsonPart(Struct, tag="input_json", tag_field="type"):
+    data: schema.Object | list[schema.Object]
+
+
+Instructions = Annotated[str, Meta(min_length=1)] | Annotated[list[TextPart | JsonPart], Meta(min_length=1)]
+
 
 class Predicate(Struct, tag="predicate", tag_field="type"):
-    text: Annotated[str, Meta(min_length=1)]
-    name: str = ""
+    instructions: Instructions
+    name: str | None = None
+
+
+class ChoiceOption(Struct):
+    value: Word | bool
+    description: str | None = None
 
 
 class Choice(Struct, tag="choice", tag_field="type"):
-    text: Annotated[str, Meta(min_length=1)]
-    options: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=2, max_length=64)]
-    name: str = ""
+    instructions: Instructions
+    choices: Annotated[list[ChoiceOption], Meta(min_length=2, max_length=255)]
+    name: str | None = None
+
+
+class Level(Struct):
+    label: Word
+    description: str | None = None
 
 
 class Score(Struct, tag="score", tag_field="type"):
-    """A whole number from `low` to `high`; the answer is the mean over their probabilities."""
+    """Levels from the least to the most."""
 
-    text: Annotated[str, Meta(min_length=1)]
-    low: Annotated[int, Meta(ge=0, le=100)] = 1
-    high: Annotated[int, Meta(ge=0, le=100)] = 5
-    name: str = ""
+    instructions: Instructions
+    levels: Annotated[list[Level], Meta(min_length=2, max_length=64)]
+    name: str | None = None
+
+
+Question = Predicate | Choice | Score
 
 
 class DecisionsRequest(Struct, kw_only=True):
-    messages: list[schema.ChatMessage]
-    questions: Annotated[list[Predicate | Choice | Score], Meta(min_length=1, max_length=64)]
+    input: str | list[schema.Object]
+    questions: Annotated[list[Question], Meta(min_length=1, max_length=400)]
     model: str = ""
+    prompt_cache_key: str | None = None
+    prompt_cache_options: schema.Object | None = None
+    safety_identifier: str | None = None
 
 
-class DecisionOut(Struct):
-    name: str
-    answer: str
-    probabilities: dict[str, float]
-    score: float | None
+class PredicateAnswer(Struct, tag="predicate", tag_field="type"):
+    name: str | None
+    probability: float
+
+
+class ChoiceProbability(Struct):
+    value: str | bool
+    probability: float
+
+
+class ChoiceAnswer(Struct, tag="choice", tag_field="type"):
+    name: str | None
+    choice: str | bool
+    confidence: float
+    probabilities: list[ChoiceProbability]
+
+
+class LevelProbability(Struct):
+    label: str
+    value: int
+    probability: float
+
+
+class ScoreAnswer(Struct, tag="score", tag_field="type"):
+    name: str | None
+    score: float
+    confidence: float
+    probabilities: list[LevelProbability]
+
+
+class InputDetails(Struct):
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+    image_tokens: int = 0
+
+
+class OutputDetails(Struct):
+    reasoning_tokens: int = 0
+
+
+class DecisionUsage(Struct):
+    """The input counts once; questions and options are not counted, and nothing is made."""
+
+    input_tokens: int
+    total_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int = 0
+    output_tokens_details: OutputDetails = msgspec.field(default_factory=OutputDetails)
 
 
 class Decisions(Struct):
     id: str
     model: str
-    decisions: list[DecisionOut]
-    object: str = "decisions"
+    answers: list[PredicateAnswer | ChoiceAnswer | ScoreAnswer]
+    usage: DecisionUsage
+    object: Literal["decision"] = "decision"
 
 
 @answers
 async def create(request: Request) -> Response:
-    """Decides questions about a conversation, pictures included."""
+    """Decides questions about an input, pictures included."""
     server = server_of(request)
     backend = server.ready()
     call, headers = await server.read(request, DecisionsRequest)
     server.check_model(call.model)
-    chat = schema.ChatRequest(messages=call.messages)
-    messages = await convert.messages_of(chat, server.media)
-    asked = [(question.text, _options(question)) for question in call.questions]
+    if isinstance(call.input, str):
+        turns = [schema.ChatMessage("user", call.input)]
+    else:
+        turns = [turn for index, item in enumerate(call.input) for turn in turns_of(item, index)]
+    asked = [(_text(question), _words(question)) for question in call.questions]
+    messages = await convert.messages_of(schema.ChatRequest(messages=turns), server.media)
+    identity = request_id(request, "decision-")
     server.gate.enter()
     try:
+        count = await backend.count(Job(identity, _NOTHING_ASKED, messages=messages))
         found = await unless_gone(request, backend.decide(messages, asked))
     finally:
         server.gate.leave(1.0)
     if found is None:
         raise Problem(499, "client_closed", "the client left before the answer")
     out = [
-        DecisionOut(question.name or f"question_{index}", *decision)
-        for index, (question, decision) in enumerate(zip(call.questions, found, strict=True))
+        _answer(question, [probabilities[word] for word in words])
+        for question, (_, words), (_, probabilities, _) in zip(call.questions, asked, found, strict=True)
     ]
-    name = call.model or server.model_name
-    return json_response(Decisions(request_id(request, "decision-"), name, out), headers)
+    tokens = count.prompt_tokens
+    usage = DecisionUsage(tokens, tokens, InputDetails(image_tokens=count.image_tokens))
+    return json_response(Decisions(identity, call.model or server.model_name, out, usage), headers)
 
 
-def _options(question: Predicate | Choice | Score) -> tuple[str, ...]:
+_NOTHING_ASKED = SamplingParams(thinking="off")
+
+
+def _answer(question: Question, shares: list[float]) -> PredicateAnswer | ChoiceAnswer | ScoreAnswer:
+    if isinstance(question, Predicate):
+        return PredicateAnswer(question.name, shares[0])
+    best = max(shares)
+    if isinstance(question, Choice):
+        values = [choice.value for choice in question.choices]
+        each = [ChoiceProbability(value, share) for value, share in zip(values, shares, strict=True)]
+        return ChoiceAnswer(question.name, values[shares.index(best)], best, each)
+    levels = [
+        LevelProbability(level.label, place, share)
+        for place, (level, share) in enumerate(zip(question.levels, shares, strict=True))
+    ]
+    score = sum(level.value * level.probability for level in levels)
+    return ScoreAnswer(question.name, score, best, levels)
+
+
+def _words(question: Question) -> tuple[str, ...]:
+    """What is scored for each option. Two that read the same could not be told apart."""
     if isinstance(question, Predicate):
         return ("Yes", "No")
-    if isinstance(question, Choice):
-        if len(set(question.options)) != len(question.options):
-            raise invalid("a choice has the same option twice", "questions")
-        return tuple(question.options)
-    if not question.low < question.high <= question.low + 20:
-        raise invalid("a score needs low below high, at most 20 apart", "questions")
-    return tuple(str(value) for value in range(question.low, question.high + 1))
+    words = _labels(question)
+    if len(set(words)) != len(words):
+        raise invalid(f"two options of a {type(question).__name__.lower()} read the same", "questions")
+    return words
+
+
+def _labels(question: Choice | Score) -> tuple[str, ...]:
+    if isinstance(question, Score):
+        return tuple(level.label for level in question.levels)
+    values = [choice.value for choice in question.choices]
+    return tuple(value if isinstance(value, str) else str(value).lower() for value in values)
+
+
+def _text(question: Question) -> str:
+    """The question as the model reads it: the instructions, then the options with what they mean."""
+    said = question.instructions
+    text = said if isinstance(said, str) else "\n".join(_part(part) for part in said)
+    if isinstance(question, Predicate):
+        return f"{text}\nAnswer Yes or No."
+    options: Any = question.choices if isinstance(question, Choice) else question.levels
+    lines = [
+        f"- {word}: {option.description}" if option.description else f"- {word}"
+        for word, option in zip(_labels(question), options, strict=True)
+    ]
+    return "\n".join([text, "Answer with one of:", *lines])
+
+
+def _part(part: TextPart | JsonPart) -> str:
+    return part.text if isinstance(part, TextPart) else json.dumps(part.data, ensure_ascii=False)

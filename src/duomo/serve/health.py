@@ -17,22 +17,43 @@ from duomo.serve.problems import Problem
 from duomo.serve.server import Server, answers, json_response, server_of
 
 
+class Health(msgspec.Struct):
+    status: Literal["loading", "ready", "draining", "failed"]
+
+
+class Ping(msgspec.Struct):
+    status: Literal["alive"] = "alive"
+
+
+class Version(msgspec.Struct):
+    version: str
+
+
+class Residency(msgspec.Struct):
+    """By part of the model: bytes, resident_bytes, cached_bytes and idle_s, where they are known."""
+
+    parts: dict[str, dict[str, float | None]]
+
+
+Load = dict[str, float]  # server_load, and the engine's gauges and counters by their names
+
+
 async def health(request: Request) -> Response:
     """200 when ready, 503 while loading or draining, 500 when failed. Open to anybody."""
     server = server_of(request)
     if server.state == "ready" and (server.backend is None or not server.backend.is_alive):
         server.state, server.failure = "failed", "the engine has stopped"
     status = {"ready": 200, "failed": 500}.get(server.state, 503)
-    return json_response({"status": server.state}, status=status)
+    return json_response(Health(server.state), status=status)
 
 
 async def ping(request: Request) -> Response:
     """200 while this process lives, whatever the engine does."""
-    return json_response({"status": "alive"})
+    return json_response(Ping())
 
 
 async def version(request: Request) -> Response:
-    return json_response({"version": __version__})
+    return json_response(Version(__version__))
 
 
 async def metrics(request: Request) -> Response:
@@ -58,13 +79,15 @@ async def load(request: Request) -> Response:
     """What runs and waits at this moment."""
     server = server_of(request)
     now = await _gauges(server)
-    return json_response({"server_load": server.gate.inside, **now})
+    told: Load = {"server_load": server.gate.inside, **now}
+    return json_response(told)
 
 
 @answers
 async def residency(request: Request) -> Response:
     """Which weights are in memory now, by part of the model; empty where they are not packed."""
-    return json_response({"parts": server_of(request).ready().residency()})
+    found = await asyncio.to_thread(server_of(request).ready().residency)
+    return json_response(Residency({part: dict(row) for part, row in found.items()}))
 
 
 @answers
@@ -99,9 +122,19 @@ class TokenizeRequest(msgspec.Struct):
     model: str = ""
 
 
+class Tokens(msgspec.Struct):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
 class DetokenizeRequest(msgspec.Struct):
     tokens: list[int]
     model: str = ""
+
+
+class Text(msgspec.Struct):
+    prompt: str
 
 
 @answers
@@ -110,8 +143,7 @@ async def tokenize(request: Request) -> Response:
     backend = server.ready()
     call, headers = await server.read(request, TokenizeRequest)
     ids = backend.encode(call.prompt)
-    facts = {"count": len(ids), "max_model_len": backend.facts.max_model_len, "tokens": ids}
-    return json_response(facts, headers)
+    return json_response(Tokens(len(ids), backend.facts.max_model_len, ids), headers)
 
 
 @answers
@@ -119,7 +151,7 @@ async def detokenize(request: Request) -> Response:
     server = server_of(request)
     backend = server.ready()
     call, headers = await server.read(request, DetokenizeRequest)
-    return json_response({"prompt": backend.decode(call.tokens)}, headers)
+    return json_response(Text(backend.decode(call.tokens)), headers)
 
 
 class ControlRequest(msgspec.Struct):
@@ -127,6 +159,10 @@ class ControlRequest(msgspec.Struct):
 
     id: str
     action: Literal["answer_now", "reasoning_end", "cancel"]
+
+
+class Controlled(ControlRequest):
+    done: bool = True
 
 
 @answers
@@ -138,4 +174,4 @@ async def control(request: Request) -> Response:
     done = act(call.id)
     if not done:
         raise Problem(404, "request_not_found", "no request of this id is running in that state", param="id")
-    return json_response({"id": call.id, "action": call.action, "done": True}, headers)
+    return json_response(Controlled(call.id, call.action), headers)

@@ -30,63 +30,49 @@ class Operation(NamedTuple):
     kind: str = "application/json"
 
 
+_CHAT = (schema.ChatRequest, schema.ChatCompletion)
+_COUNT = (messages.CountRequest, messages.MessagesCount)
+
 OPERATIONS = (
+    Operation("post", "/v1/chat/completions", "Answer a conversation.", *_CHAT, True),
     Operation(
-        "post",
-        "/v1/chat/completions",
-        "Answer a conversation.",
-        schema.ChatRequest,
-        schema.ChatCompletion,
-        True,
+        "post", "/v1/chat/completions/input_tokens", "Count a conversation's tokens.",
+        schema.ChatRequest, schema.InputTokens,
     ),
     Operation(
-        "post", "/v1/chat/completions/input_tokens", "Count a conversation's tokens.", schema.ChatRequest
+        "post", "/v1/chat/completions/control", "Answer now, or cancel.",
+        health.ControlRequest, health.Controlled,
     ),
-    Operation("post", "/v1/chat/completions/control", "Answer now, or cancel.", health.ControlRequest),
     Operation(
         "post", "/v1/completions", "Continue a text.", schema.CompletionRequest, schema.TextCompletion, True
     ),
     Operation(
-        "post",
-        "/v1/responses",
-        "Answer in the format of Responses.",
-        responses.ResponsesRequest,
-        responses.ResponseOut,
-        True,
+        "post", "/v1/responses", "Answer in the format of Responses.",
+        responses.ResponsesRequest, responses.ResponseOut, True,
     ),
     Operation(
-        "post",
-        "/v1/messages",
-        "Answer in the format of Messages.",
-        messages.MessagesRequest,
-        messages.MessagesAnswer,
-        True,
+        "post", "/v1/messages", "Answer in the format of Messages.",
+        messages.MessagesRequest, messages.MessagesAnswer, True,
     ),
+    Operation("post", "/v1/messages/count_tokens", "Count in the format of Messages.", *_COUNT),
     Operation(
-        "post",
-        "/v1/messages/count_tokens",
-        "Count in the format of Messages.",
-        messages.CountRequest,
-        messages.MessagesCount,
-    ),
-    Operation(
-        "post",
-        "/v1/decisions",
-        "Decide questions from logits.",
-        decisions.DecisionsRequest,
-        decisions.Decisions,
+        "post", "/v1/decisions", "Decide questions from logits.",
+        decisions.DecisionsRequest, decisions.Decisions,
     ),
     Operation("get", "/v1/models", "The models served.", None, schema.ModelList),
     Operation("get", "/v1/models/{name}", "One model.", None, schema.ModelCard),
-    Operation("post", "/tokenize", "Ids of a text.", health.TokenizeRequest),
-    Operation("post", "/detokenize", "The text of ids.", health.DetokenizeRequest),
-    Operation("get", "/health", "Whether the model answers: loading, ready, draining or failed."),
-    Operation("get", "/ping", "Whether the process lives."),
-    Operation("get", "/version", "The version."),
-    Operation("get", "/load", "What runs and waits now."),
-    Operation("get", "/v1/residency", "Which weights are in memory."),
+    Operation("post", "/tokenize", "Ids of a text.", health.TokenizeRequest, health.Tokens),
+    Operation("post", "/detokenize", "The text of ids.", health.DetokenizeRequest, health.Text),
+    Operation(
+        "get", "/health", "Whether the model answers: loading, ready, draining or failed.",
+        None, health.Health,
+    ),
+    Operation("get", "/ping", "Whether the process lives.", None, health.Ping),
+    Operation("get", "/version", "The version.", None, health.Version),
+    Operation("get", "/load", "What runs and waits now.", None, health.Load),
+    Operation("get", "/v1/residency", "Which weights are in memory.", None, health.Residency),
     Operation("get", "/metrics", "Prometheus metrics.", kind="text/plain"),
-)
+)  # fmt: skip
 
 
 @lru_cache(maxsize=1)
@@ -95,7 +81,7 @@ def document() -> dict[str, Any]:
     types = [t for o in OPERATIONS for t in (o.takes, o.gives) if t is not None] + [ErrorEnvelope]
     unique = list(dict.fromkeys(types))
     shown, components = msgspec.json.schema_components(unique, ref_template="#/components/schemas/{name}")
-    refs = dict(zip(unique, shown, strict=True))
+    refs: dict[Any, Any] = dict(zip(unique, shown, strict=True))
     paths: dict[str, Any] = {}
     for operation in OPERATIONS:
         paths.setdefault(operation.path, {})[operation.method] = _described(operation, refs)
@@ -128,7 +114,7 @@ def _described(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
         },
     }
     if operation.path == "/health":
-        health_body = {"application/json": {"schema": {"type": "object"}}}
+        health_body = {"application/json": {"schema": refs[health.Health]}}
         out["responses"]["5XX"] = {"description": "Not ready.", "content": health_body}
     if operation.takes is not None:
         taken = {"application/json": {"schema": refs[operation.takes]}}

@@ -6,6 +6,7 @@ instead. The last event of a stream holds the whole response, as clients expect.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any, Literal
@@ -34,14 +35,27 @@ class OutputText(Struct, tag="output_text", tag_field="type"):
     annotations: list[Any] = []
 
 
+class InputJson(Struct, tag="input_json", tag_field="type"):
+    """Data that is read as text; Decisions has it."""
+
+    data: schema.Object | list[schema.Object]
+
+
+class Refusal(Struct, tag="refusal", tag_field="type"):
+    refusal: str
+
+
 class InputImage(Struct, tag="input_image", tag_field="type"):
     image_url: str
     detail: Literal["low", "high", "auto", "original"] | None = None
 
 
+Part = InputText | OutputText | InputImage | InputJson | Refusal
+
+
 class InputMessage(Struct, tag="message", tag_field="type"):
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[InputText | OutputText | InputImage]
+    content: str | list[Part]
 
 
 class CallItem(Struct, tag="function_call", tag_field="type"):
@@ -52,7 +66,7 @@ class CallItem(Struct, tag="function_call", tag_field="type"):
 
 class ResultItem(Struct, tag="function_call_output", tag_field="type"):
     call_id: str
-    output: str
+    output: str | list[Part]
 
 
 class ReasoningItem(Struct, tag="reasoning", tag_field="type"):
@@ -65,7 +79,7 @@ class PlainMessage(Struct):
     """A message without `type`, as most people write it."""
 
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[InputText | OutputText | InputImage]
+    content: str | list[Part]
 
 
 class FlatTool(Struct):
@@ -143,7 +157,7 @@ def chat_of(call: ResponsesRequest) -> schema.ChatRequest:
     turns = [schema.ChatMessage("system", call.instructions)] if call.instructions else []
     items = [{"role": "user", "content": call.input}] if isinstance(call.input, str) else call.input
     for index, raw in enumerate(items):
-        turns += _turns_of(raw, index)
+        turns += turns_of(raw, index)
     choice = call.tool_choice
     form: schema.ResponseFormat | None = None
     if call.text and call.text.format is not None:
@@ -173,7 +187,8 @@ def chat_of(call: ResponsesRequest) -> schema.ChatRequest:
     )
 
 
-def _turns_of(raw: schema.Object, index: int) -> list[schema.ChatMessage]:
+def turns_of(raw: schema.Object, index: int) -> list[schema.ChatMessage]:
+    """One item of an input as messages of chat. A bad one is a 400 that names its place."""
     try:
         item: Any = msgspec.convert(raw, Item if "type" in raw else PlainMessage)
     except msgspec.ValidationError as error:
@@ -182,7 +197,8 @@ def _turns_of(raw: schema.Object, index: int) -> list[schema.ChatMessage]:
         call = schema.ToolCallIn(schema.FunctionCall(item.name, item.arguments), item.call_id)
         return [schema.ChatMessage("assistant", None, tool_calls=[call])]
     if isinstance(item, ResultItem):
-        return [schema.ChatMessage("tool", item.output, tool_call_id=item.call_id)]
+        told = item.output if isinstance(item.output, str) else [_part(piece) for piece in item.output]
+        return [schema.ChatMessage("tool", told, tool_call_id=item.call_id)]
     if isinstance(item, ReasoningItem):
         return []
     if isinstance(item.content, str):
@@ -190,10 +206,12 @@ def _turns_of(raw: schema.Object, index: int) -> list[schema.ChatMessage]:
     return [schema.ChatMessage(item.role, [_part(piece) for piece in item.content])]
 
 
-def _part(piece: InputText | OutputText | InputImage) -> schema.Content:
+def _part(piece: Part) -> schema.Content:
     if isinstance(piece, InputImage):
         return schema.ImageContent(schema.MediaSource(piece.image_url, piece.detail))
-    return schema.TextContent(piece.text)
+    if isinstance(piece, InputJson):
+        return schema.TextContent(json.dumps(piece.data, ensure_ascii=False))
+    return schema.TextContent(piece.refusal if isinstance(piece, Refusal) else piece.text)
 
 
 @answers

@@ -433,6 +433,17 @@ class ExpertCounts(Struct):
     vision: int
 
 
+class InputTokens(Struct):
+    """What a request would take of `max_model_len`; `media_tokens` in the order of the media, if known."""
+
+    input_tokens: int
+    image_tokens: int
+    video_tokens: int
+    media_tokens: list[int]
+    max_model_len: int
+    object: Literal["chat.completion.input_tokens"] = "chat.completion.input_tokens"
+
+
 class ModelCard(Struct):
     """`max_model_len` tokens of context; `modalities` a message may hold; `experts` null: a dense model."""
 

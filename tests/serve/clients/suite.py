@@ -40,6 +40,17 @@ def openai():
     with api.responses.stream(model="duomo", input="hi") as stream:
         final = stream.get_final_response()
     assert final.output_text == text and final.usage == answer.usage
+    if hasattr(api, "decisions"):
+        content = [{"type": "input_image", "image_url": picture}]
+        questions = [
+            {"type": "predicate", "instructions": "It is red.", "name": "red"},
+            {"type": "choice", "instructions": "What?", "choices": [{"value": "cat"}, {"value": True}]},
+            {"type": "score", "instructions": "How?", "levels": [{"label": "bad"}, {"label": "good"}]},
+        ]
+        asked = [{"role": "user", "content": content}]
+        red, what, how = api.decisions.create(model="duomo", input=asked, questions=questions).answers
+        assert (red.name, red.type, what.choice, how.type) == ("red", "predicate", "cat", "score")
+        assert abs(sum(row.probability for row in what.probabilities) - 1) < 1e-6
     for wrong, kind in (
         ({"temperature": 9}, openai.BadRequestError),
         ({"messages": []}, openai.BadRequestError),
