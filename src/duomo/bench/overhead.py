@@ -4,7 +4,7 @@
 Here 8 sockets are read by one thread, and the difference to the moment of reading is what server, kernel and
 reader added. The first token also pays for the request's way in: from sending it to its arrival at the
 engine. Requests begin one after another while the earlier ones stream (`server`), or all at once, so that
-they queue behind each other (`burst`); tokens come all at once in both. Rounds alternate with the same against
+they queue behind each other (`burst`); tokens come all at once in both. Rounds alternate with those against
 `duomo.bench.bare`, which writes prepared bytes: what that takes is the kernel's, the reader's and the event
 loop's, and the difference (`own`) is the server's.
 """

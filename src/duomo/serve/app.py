@@ -16,7 +16,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from duomo.serve import chat, completions, decisions, health, messages, openapi, responses
+from duomo.serve import adapters, chat, completions, decisions, health, messages, openapi, responses
 from duomo.serve.backend import Backend
 from duomo.serve.options import Options
 from duomo.serve.problems import Problem
@@ -74,6 +74,8 @@ def routes(options: Options) -> list[BaseRoute]:
         ("/v1/messages", messages.create),
         ("/v1/messages/count_tokens", messages.count),
         ("/v1/decisions", decisions.create),
+        ("/v1/load_lora_adapter", adapters.load),
+        ("/v1/unload_lora_adapter", adapters.unload),
         ("/tokenize", health.tokenize),
         ("/detokenize", health.detokenize),
     ]

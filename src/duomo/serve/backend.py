@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from duomo.engine.request import ExpertTrace, FinishReason, SamplingParams, ThinkingMode, Usage
@@ -28,6 +29,7 @@ class Job:
     parallel_tool_calls: bool = True
     priority: int = 0
     cache_salt: str = ""
+    adapter: str = ""  # a loaded one, or "" for the model itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,12 @@ class Backend(Protocol):
     def cancel(self, job_id: str) -> bool:
         """Ends a request wherever it is; its stream ends with finish_reason "abort". False if none."""
         ...
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Makes a LoRA adapter usable as `Job.adapter`; may take a while. Error if it does not fit."""
+        ...
+
+    def unload_adapter(self, name: str) -> None: ...
 
     def encode(self, text: str) -> list[int]: ...
 

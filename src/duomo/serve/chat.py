@@ -65,6 +65,7 @@ async def job_of(server: Server, call: schema.ChatRequest, job_id: str) -> tuple
         parallel_tool_calls=call.parallel_tool_calls is not False,
         priority=call.priority or 0,
         cache_salt=call.cache_salt or "",
+        adapter=server.adapter_of(call.model),
     )
     return job, thinking
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -80,7 +81,12 @@ def jobs_of(server: Server, call: schema.CompletionRequest, job_id: str) -> list
     params = convert.params_of(call, _OFF, server.options.seed, call.max_tokens or 16, call.logprobs)
     prompts = prompts_of(call.prompt)
     ids = [job_id] if len(prompts) == 1 else [f"{job_id}-{index}" for index in range(len(prompts))]
-    return [Job(i, params, prompt=prompt) for i, prompt in zip(ids, prompts, strict=True)]
+    more: dict[str, Any] = {
+        "priority": call.priority or 0,
+        "cache_salt": call.cache_salt or "",
+        "adapter": server.adapter_of(call.model),
+    }
+    return [Job(i, params, prompt=prompt, **more) for i, prompt in zip(ids, prompts, strict=True)]
 
 
 def prompts_of(prompt: str | list[str | int | list[int]]) -> list[str | tuple[int, ...]]:

@@ -11,10 +11,11 @@ import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from duomo.engine.request import Constraint, Delta, TokenLogprob
-from duomo.errors import PromptError
+from duomo.errors import ConfigError, PromptError
 from duomo.llm import LLM, Question
 from duomo.processing.decoding import DecodeLimits, Decoders
 from duomo.processing.messages import Message
@@ -77,7 +78,9 @@ class Model:
         return self.llm.is_alive
 
     async def stream(self, job: Job) -> AsyncIterator[Piece]:
-        asked = {"request_id": job.id, "priority": job.priority, "salt": job.cache_salt}
+        asked = {
+            "request_id": job.id, "priority": job.priority, "salt": job.cache_salt, "adapter": job.adapter
+        }  # fmt: skip
         if job.id in self._running:
             raise PromptError("a request of this id is running; leave request_id out or make it unique")
         if job.prompt is not None:
@@ -115,6 +118,17 @@ class Model:
         if job_id in self._running:
             self.llm.cancel(job_id)
         return job_id in self._running
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        self._adapters().load_adapter(name, folder)
+
+    def unload_adapter(self, name: str) -> None:
+        self._adapters().unload_adapter(name)
+
+    def _adapters(self) -> Any:
+        if not hasattr(self.llm, "load_adapter"):
+            raise ConfigError("this engine takes no adapters")
+        return self.llm
 
     def encode(self, text: str) -> list[int]:
         return self.llm.tokenizer.encode(text)

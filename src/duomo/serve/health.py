@@ -105,15 +105,22 @@ async def model(request: Request) -> Response:
 
 def _names(request: Request) -> tuple[str, ...]:
     server = server_of(request)
-    return server.options.served_model_name or (server.model_name,)
+    return (*server.names, *server.adapters)
 
 
 def card(request: Request, name: str) -> schema.ModelCard:
     server = server_of(request)
     facts = server.ready().facts
     experts = schema.ExpertCounts(*facts.num_experts) if facts.num_experts else None
+    folder = server.adapters.get(name)
     return schema.ModelCard(
-        name, server.started, facts.max_model_len, facts.name, list(facts.modalities), experts
+        name,
+        server.started,
+        facts.max_model_len,
+        folder.name if folder else facts.name,
+        list(facts.modalities),
+        experts,
+        server.model_name if folder else None,
     )
 
 

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from duomo import __version__
-from duomo.serve import decisions, health, messages, responses, schema
+from duomo.serve import adapters, decisions, health, messages, responses, schema
 from duomo.serve.problems import ErrorEnvelope
 from duomo.serve.server import json_response
 
@@ -61,6 +61,13 @@ OPERATIONS = (
     ),
     Operation("get", "/v1/models", "The models served.", None, schema.ModelList),
     Operation("get", "/v1/models/{name}", "One model.", None, schema.ModelCard),
+    Operation(
+        "post", "/v1/load_lora_adapter", "Load an adapter, to be named as model.",
+        adapters.LoadRequest, kind="text/plain",
+    ),
+    Operation(
+        "post", "/v1/unload_lora_adapter", "Forget an adapter.", adapters.UnloadRequest, kind="text/plain"
+    ),
     Operation("post", "/tokenize", "Ids of a text.", health.TokenizeRequest, health.Tokens),
     Operation("post", "/detokenize", "The text of ids.", health.DetokenizeRequest, health.Text),
     Operation(

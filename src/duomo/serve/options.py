@@ -71,6 +71,9 @@ class Options:
         "auto", "Thinking of requests that say nothing: on, off or auto.", choices=("on", "off", "auto")
     )
     reasoning_max_tokens: int | None = flag(None, "Thinking budget of requests that give none.", low=0)
+    # Adapters
+    lora_root: str | None = flag(None, "Folder that adapters may be loaded from while serving.")
+    lora_modules: tuple[str, ...] = flag((), "Adapters to load at start, each as NAME=FOLDER.", kind="words")
     # Media
     limit_mm_per_prompt: dict[str, int] = flag(  # noqa: RUF009
         {}, 'Pictures and videos of one request, as JSON: {"image": 16, "video": 1}.', kind="limits"
@@ -111,6 +114,14 @@ class Options:
     log_prompts: bool = flag(False, "Log prompts and answers; they are not logged without this.")
     notes: tuple[str, ...] = field(default=(), metadata={"hidden": True})  # one line for each flag set aside
 
+    def adapters(self) -> dict[str, str]:
+        """Names and folders of --lora-modules. ConfigError if one is spelled otherwise."""
+        pairs = [module.partition("=") for module in self.lora_modules]
+        for name, equals, folder in pairs:
+            if not name or not equals or not folder:
+                raise ConfigError(f"--lora-modules has {name + equals + folder!r}; write NAME=FOLDER")
+        return {name: folder for name, _, folder in pairs}
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -144,8 +155,13 @@ def checked(options: Options) -> Options:
             if not low <= value <= high:
                 bounds = f"between {low:g} and {high:g}" if high != float("inf") else f"at least {low:g}"
                 raise ConfigError(f"{spelled} is {value:g}; it must be {bounds}")
-    if options.allowed_local_media_path and not Path(options.allowed_local_media_path).is_dir():
-        raise ConfigError(f"--allowed-local-media-path {options.allowed_local_media_path} is not a folder")
+    for spelled, folder in (
+        ("--allowed-local-media-path", options.allowed_local_media_path),
+        ("--lora-root", options.lora_root),
+        *(("--lora-modules", folder) for folder in options.adapters().values()),
+    ):
+        if folder and not Path(folder).is_dir():
+            raise ConfigError(f"{spelled} {folder} is not a folder")
     return options
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import uvicorn
 
@@ -125,6 +126,10 @@ async def _load(server: Server, load: Load, http: _Http) -> None:
             server.state, server.failure = "failed", "the model could not be loaded"
             http.should_exit = True
             return
+        if not await _load_adapters(server, server.backend):
+            server.state, server.failure = "failed", "an adapter could not be loaded"
+            http.should_exit = True
+            return
         if server.state in ("loading", "failed"):
             server.state = "ready"
         _announce(server)
@@ -139,6 +144,19 @@ async def _load(server: Server, load: Load, http: _Http) -> None:
             return
         await server.backend.close()
         server.state = "loading"
+
+
+async def _load_adapters(server: Server, backend: Backend) -> bool:
+    """Those of the command line, and after a restart those that were loaded before it."""
+    asked = {name: Path(folder) for name, folder in server.options.adapters().items()}
+    for name, folder in (asked | server.adapters).items():
+        try:
+            await asyncio.to_thread(backend.load_adapter, name, folder)
+        except Error as error:
+            print(f"duomo: adapter {name}: {' '.join(error.message.split())}", file=sys.stderr)
+            return False
+        server.adapters[name] = folder
+    return True
 
 
 def _announce(server: Server) -> None:

@@ -445,7 +445,10 @@ class InputTokens(Struct):
 
 
 class ModelCard(Struct):
-    """`max_model_len` tokens of context; `modalities` a message may hold; `experts` null: a dense model."""
+    """`max_model_len` tokens of context; `modalities` a message may hold; an adapter has a `parent`.
+
+    `experts` null: a dense model.
+    """
 
     id: str
     created: int
@@ -453,6 +456,7 @@ class ModelCard(Struct):
     root: str
     modalities: list[str]
     experts: ExpertCounts | None = None
+    parent: str | None = None
     owned_by: str = "duomo"
     object: Literal["model"] = "model"
 

@@ -10,6 +10,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from duomo.engine.request import ExpertTrace, Usage
 from duomo.errors import EngineError, PromptTooLong
@@ -36,6 +37,7 @@ class Scripted:
         self._facts = ModelFacts("scripted", max_model_len, num_experts=(_NUM_EXPERTS, _NUM_EXPERTS))
         self._hurried: dict[str, bool] = {}  # running requests, and whether they were told to answer now
         self._cancelled: set[str] = set()
+        self.adapters: dict[str, Path] = {}
         self.is_alive = True
 
     @property
@@ -66,6 +68,12 @@ class Scripted:
         if job_id in self._hurried:
             self._cancelled.add(job_id)
         return job_id in self._hurried
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        self.adapters[name] = folder
+
+    def unload_adapter(self, name: str) -> None:
+        del self.adapters[name]
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

@@ -6,6 +6,7 @@ model name), decoded, let through the gate and then run; `answers` turns whateve
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
 import itertools
@@ -52,6 +53,8 @@ class Server:
         self.gate = Gate(self.options.max_concurrency)
         self.keys = Keys(self.options)
         self.metrics = Metrics(self.model_name)
+        self.adapters: dict[str, Path] = {}  # loaded ones, by the name requests give as model
+        self.changing_adapters = asyncio.Lock()
         self._running: set[str] = set()
         defaults = msgspec.convert(self.options.mm_processor_kwargs, MediaKwargs)
         root = self.options.allowed_local_media_path
@@ -72,6 +75,11 @@ class Server:
         if self.options.served_model_name:
             return self.options.served_model_name[0]
         return Path(self.options.model).name if self.options.model else "duomo"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the model itself is called."""
+        return self.options.served_model_name or (self.model_name,)
 
     def ready(self) -> Backend:
         """The backend, or the 503 that says why there is none."""
@@ -98,13 +106,17 @@ class Server:
 
     def check_model(self, name: str) -> None:
         names = self.options.served_model_name
-        if names and name not in (*names, "default", ""):
+        if names and name not in (*names, *self.adapters, "default", ""):
             raise Problem(
                 404,
                 "model_not_found",
                 f"there is no model {name[:80]!r}; {', '.join(names)} is served",
                 param="model",
             )
+
+    def adapter_of(self, name: str) -> str:
+        """The adapter that a request's `model` names, or "" for the model itself."""
+        return name if name in self.adapters else ""
 
     def abort_all(self) -> None:
         """Ends every running request; while draining each ends in an error that says so."""
