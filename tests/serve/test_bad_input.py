@@ -33,7 +33,7 @@ def assert_envelope(response, status=None):
         b'{"messages":[{"role":"user","content":"\\ud800"}]}', b'{"temperature": NaN, "messages": []}',
     ],
 )  # fmt: skip
-def test_d_a_body_that_is_no_request(server, body):
+def test_D1_D2_D12_D16_a_body_that_is_no_request(server, body):
     sent = server.client.post(
         "/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
     )
@@ -72,12 +72,12 @@ def test_d_a_body_that_is_no_request(server, body):
         ({"reasoning_max_tokens": -1}, "reasoning_max_tokens"),
     ],
 )
-def test_d_a_wrong_field_is_named(server, fields, param):
+def test_D3_to_D15_a_wrong_field_is_named(server, fields, param):
     error = assert_envelope(server.client.post("/v1/chat/completions", json={"messages": OK, **fields}), 400)
     assert param is None or error["param"] == param
 
 
-def test_d_a_long_body_and_another_content_type(start):
+def test_D18_a_long_body_and_another_content_type(start):
     server = start(max_body_mb=0.01)
     assert_envelope(server.ask("x" * 50_000), 413)
     big = server.client.post("/v1/chat/completions", content=iter([b"x" * 9000] * 4))
@@ -86,7 +86,7 @@ def test_d_a_long_body_and_another_content_type(start):
     assert_envelope(text, 415)
 
 
-def test_d_unknown_paths_methods_and_models(start):
+def test_D14_unknown_paths_methods_and_models(start):
     server = start(served_model_name=("ernie",))
     assert_envelope(server.client.get("/nothing/here"), 404)
     assert_envelope(server.client.get("/v1/chat/completions"), 405)
@@ -95,7 +95,7 @@ def test_d_unknown_paths_methods_and_models(start):
         assert server.ask(model=name).status_code == 200
 
 
-def test_d_unknown_fields_are_answered_and_named(server):
+def test_D3_unknown_fields_are_answered_and_named(server):
     answer = server.ask(service_tier="x", frobnicate=1, chat_template_kwargs={"style": 2})
     assert answer.status_code == 200
     assert answer.headers["x-ignored-fields"] == "service_tier, frobnicate, chat_template_kwargs.style"
@@ -103,7 +103,7 @@ def test_d_unknown_fields_are_answered_and_named(server):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_f_a_prompt_over_the_context_is_a_400_streamed_and_whole(server, stream):
+def test_F2_a_prompt_over_the_context_is_a_400_streamed_and_whole(server, stream):
     error = assert_envelope(server.ask("word " * 5000, stream=stream), 400)
     assert error["code"] == "context_length_exceeded"
 
@@ -124,11 +124,11 @@ def test_f_a_prompt_over_the_context_is_a_400_streamed_and_whole(server, stream)
         ("", 400),
     ],
 )
-def test_e_media_that_may_not_be_fetched_or_read(server, url, status):
+def test_E1_E2_E14_E17_E22_E24_media_that_may_not_be_fetched_or_read(server, url, status):
     assert_envelope(server.client.post("/v1/chat/completions", json=with_image(url)), status)
 
 
-def test_e_too_many_pictures_are_refused(start):
+def test_E18_too_many_pictures_are_refused(start):
     server = start(limit_mm_per_prompt={"image": 2})
     part = {"type": "image_url", "image_url": {"url": picture_url()}}
     ask = lambda n: server.client.post(  # noqa: E731
@@ -138,7 +138,7 @@ def test_e_too_many_pictures_are_refused(start):
     assert assert_envelope(ask(3), 400)["code"] == "too_many_media"
 
 
-def test_e_a_file_is_read_under_its_root_alone(start, tmp_path):
+def test_E24_a_file_is_read_under_its_root_alone(start, tmp_path):
     (tmp_path / "a.png").write_bytes(picture())
     server = start(allowed_local_media_path=str(tmp_path))
     url = f"file://{tmp_path}/a.png"
@@ -146,7 +146,7 @@ def test_e_a_file_is_read_under_its_root_alone(start, tmp_path):
     assert_envelope(server.client.post("/v1/chat/completions", json=with_image("file:///etc/passwd")), 400)
 
 
-def test_j_keys_none_wrong_right_and_the_second_of_a_file(start, tmp_path):
+def test_J1_keys_none_wrong_right_and_the_second_of_a_file(start, tmp_path):
     path = tmp_path / "keys"
     path.write_text("# people\nfirst\nsecond\n")
     server = start(api_key_file=str(path))
@@ -162,7 +162,7 @@ def test_j_keys_none_wrong_right_and_the_second_of_a_file(start, tmp_path):
     assert_envelope(server.client.get("/v1/models"), 401)
 
 
-def test_j_foreign_names_and_origins_are_refused_and_cors_is_closed(server):
+def test_J4_foreign_names_and_origins_are_refused_and_cors_is_closed(server):
     send = lambda **h: server.client.post(  # noqa: E731
         "/v1/chat/completions", json={"messages": OK}, headers=h
     )
@@ -172,13 +172,13 @@ def test_j_foreign_names_and_origins_are_refused_and_cors_is_closed(server):
     assert own.status_code == 200 and "access-control-allow-origin" not in own.headers
 
 
-def test_j_an_origin_that_was_allowed_gets_its_headers(start):
+def test_J4_an_origin_that_was_allowed_gets_its_headers(start):
     server = start(cors_origin=("http://friend.example",))
     got = server.client.get("/v1/models", headers={"Origin": "http://friend.example"})
     assert got.headers["access-control-allow-origin"] == "http://friend.example"
 
 
-def test_j_a_request_id_cannot_forge_headers_or_log_lines(server):
+def test_J6_a_request_id_cannot_forge_headers_or_log_lines(server):
     ok = server.client.get("/health", headers={"X-Request-Id": "mine-1"})
     assert ok.headers["x-request-id"] == "mine-1"
     odd = server.client.get("/health", headers={"X-Request-Id": "a b{}\\n"})
@@ -186,7 +186,7 @@ def test_j_a_request_id_cannot_forge_headers_or_log_lines(server):
     assert server.ask(request_id="x\r\nSet-Cookie: y").json()["id"].startswith("chatcmpl-")
 
 
-def test_j_log_lines_are_json_without_prompts(capsys):
+def test_J7_log_lines_are_json_and_cannot_be_forged(capsys):
     import logging
 
     from duomo.serve.logs import JsonLines
@@ -199,7 +199,7 @@ def test_j_log_lines_are_json_without_prompts(capsys):
     )
 
 
-def test_j_no_prompt_is_logged_unless_asked(start, caplog):
+def test_J5_no_prompt_is_logged_unless_asked(start, caplog):
     caplog.set_level("DEBUG")
     start().ask("a very secret question")
     assert "secret" not in caplog.text and "secret" not in str([vars(r) for r in caplog.records])

@@ -28,7 +28,7 @@ def joined(events, field, index=0):
         {"logprobs": True, "top_logprobs": 1},
     ],
 )
-def test_c_a_stream_joined_is_the_whole_answer(server, fields):
+def test_C1_H4_a_stream_joined_is_the_whole_answer(server, fields):
     whole = server.ask(**fields).json()
     events = server.events(**fields, stream_options={"include_usage": True})
     assert events[-1] == "[DONE]" and events[-2]["choices"] == []
@@ -56,7 +56,7 @@ def test_c_a_stream_joined_is_the_whole_answer(server, fields):
     assert len(whole["choices"]) == fields.get("n", 1)
 
 
-def test_c_the_opening_chunk_has_the_role_and_usage_is_null_until_the_last(server):
+def test_C1_the_opening_chunk_has_the_role_and_usage_is_null_until_the_last(server):
     events = server.events(stream_options={"include_usage": True}, n=2)
     for index in (0, 1):
         first = next(c for e in events[:-1] for c in e["choices"] if c["index"] == index)
@@ -65,7 +65,7 @@ def test_c_the_opening_chunk_has_the_role_and_usage_is_null_until_the_last(serve
     assert all("usage" not in event for event in server.events()[:-1])
 
 
-def test_c_usage_counts_pictures_and_equals_the_count_endpoint(server):
+def test_C8_usage_counts_pictures_and_equals_the_count_endpoint(server):
     body = {"messages": [{"role": "user", "content": SEE}]}
     usage = server.client.post("/v1/chat/completions", json=body).json()["usage"]
     count = server.client.post("/v1/chat/completions/input_tokens", json=body).json()
@@ -76,7 +76,7 @@ def test_c_usage_counts_pictures_and_equals_the_count_endpoint(server):
     assert usage["completion_tokens_details"]["reasoning_tokens"] > 0
 
 
-def test_h_thinking_is_apart_and_switched_off_it_is_null(server):
+def test_H3_thinking_is_apart_and_switched_off_it_is_null(server):
     on, off = server.ask().json(), server.ask(enable_thinking=False).json()
     message = on["choices"][0]["message"]
     assert message["reasoning_content"] == message["reasoning"] == server.backend.thoughts
@@ -86,7 +86,7 @@ def test_h_thinking_is_apart_and_switched_off_it_is_null(server):
     assert off["thinking"]["decided_by"] == "enable_thinking"
 
 
-def test_h_a_budget_bounds_the_thinking_and_is_echoed(server):
+def test_H1_H2_a_budget_bounds_the_thinking_and_is_echoed(server):
     for budget in (1, 3):
         answer = server.ask(thinking_budget=budget).json()
         assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == budget
@@ -95,21 +95,21 @@ def test_h_a_budget_bounds_the_thinking_and_is_echoed(server):
     assert server.ask(thinking_budget=0).json()["thinking"]["mode"] == "off"
 
 
-def test_h_max_tokens_inside_the_thinking_ends_in_length_and_no_error(server):
+def test_H6_max_tokens_inside_the_thinking_ends_in_length_and_no_error(server):
     answer = server.ask(max_tokens=4, thinking_budget=4).json()
     choice = answer["choices"][0]
     assert choice["finish_reason"] == "length" and choice["message"]["content"] == ""
     assert choice["message"]["reasoning_content"] and answer["usage"]["completion_tokens"] == 4
 
 
-def test_h_reasoning_can_be_left_out_of_the_answer(server):
+def test_H3_reasoning_can_be_left_out_of_the_answer(server):
     message = server.ask(include_reasoning=False).json()["choices"][0]["message"]
     assert message["reasoning_content"] is None and message["content"]
     assert joined(server.events(include_reasoning=False), "reasoning_content") == ""
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}])
-def test_i_a_forced_call_comes_whole_and_in_deltas_that_join(server, choice):
+def test_I3_I4_a_forced_call_comes_whole_and_in_deltas_that_join(server, choice):
     fields = {"tools": [TOOL], "tool_choice": choice}
     whole = server.ask(**fields).json()["choices"][0]
     call = whole["message"]["tool_calls"][0]

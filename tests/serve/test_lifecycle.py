@@ -1,12 +1,9 @@
 """Behaviours A (lifecycle), B (cancellation), F (overload), G (slow clients) and K (metrics)."""
 
 import math
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -15,43 +12,10 @@ import pytest
 
 from duomo.serve.app import create_app
 from duomo.serve.scripted import Scripted
+from tests.serve.conftest import Process, sample
 
 
-def sample(server, name, **labels):
-    text = server.client.get("/metrics").text
-    total = 0.0
-    for line in text.splitlines():
-        if line.startswith(name) and all(f'{k}="{v}"' in line for k, v in labels.items()):
-            head = line.split("{")[0].split(" ")[0]
-            if head == name:
-                total += float(line.rsplit(" ", 1)[1])
-    return total
-
-
-class Process:
-    """`python -m duomo.serve` with the scripted engine, as a person starts it."""
-
-    def __init__(self, *flags):
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-m", "duomo.serve", "--engine", "scripted", *flags]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.run = subprocess.Popen(
-            [*command, "--port", str(self.port)], env=env, stderr=subprocess.PIPE, text=True
-        )
-        self.url = f"http://127.0.0.1:{self.port}"
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            try:
-                if httpx.get(f"{self.url}/health").status_code == 200:
-                    return
-            except httpx.HTTPError:
-                time.sleep(0.05)
-        raise AssertionError("the server did not become ready")
-
-
-def test_a_health_says_loading_then_ready_then_draining_then_failed(start):
+def test_A1_health_says_loading_then_ready_then_draining_then_failed(start):
     server = start()
     state = server.server
     for name, status in (("loading", 503), ("draining", 503), ("ready", 200)):
@@ -68,11 +32,11 @@ def test_a_health_says_loading_then_ready_then_draining_then_failed(start):
     assert server.client.get("/ping").status_code == 200
 
 
-def test_a_an_application_without_a_backend_is_loading():
+def test_A1_an_application_without_a_backend_is_loading():
     assert create_app().state.server.state == "loading"
 
 
-def test_a_sigterm_drains_what_runs_and_leaves_no_child():
+def test_A2_sigterm_drains_what_runs():
     process = Process("--seed", "1", "--enable-mm", "--reasoning-parser", "ernie-45-vl")
     body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
     with httpx.stream("POST", f"{process.url}/v1/chat/completions", json=body) as running:
@@ -81,13 +45,13 @@ def test_a_sigterm_drains_what_runs_and_leaves_no_child():
         process.run.send_signal(signal.SIGTERM)
         assert list(lines)[-2] == "data: [DONE]"
     assert process.run.wait(10) == 0
-    said = process.run.stderr.read()
+    said = process.said()
     assert "Traceback" not in said and "--enable-mm was given" in said
     with pytest.raises(httpx.HTTPError):
         httpx.get(f"{process.url}/health")
 
 
-def test_a_what_does_not_finish_in_time_ends_with_an_error():
+def test_A3_what_does_not_finish_in_time_ends_with_an_error():
     process = Process("--shutdown-timeout-s", "0.3", "--scripted-delay-s", "0.2")
     body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
     with httpx.stream("POST", f"{process.url}/v1/chat/completions", json=body) as running:
@@ -100,10 +64,10 @@ def test_a_what_does_not_finish_in_time_ends_with_an_error():
         rest = [line for line in lines if line]
     assert '"code":"aborted"' in rest[-2] and rest[-1] == "data: [DONE]"
     assert process.run.wait(10) == 0
-    process.run.stderr.close()
+    process.end()
 
 
-def test_a_a_second_sigterm_stops_at_once():
+def test_A5_a_second_sigterm_stops_at_once():
     process = Process("--scripted-delay-s", "0.5")
     body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
     with httpx.stream("POST", f"{process.url}/v1/chat/completions", json=body) as running:
@@ -114,19 +78,10 @@ def test_a_a_second_sigterm_stops_at_once():
         assert process.run.poll() is None
         process.run.send_signal(signal.SIGTERM)
         assert process.run.wait(4) == 0
-    process.run.stderr.close()
+    process.end()
 
 
-def test_a_kill_and_start_again_on_the_same_port():
-    process = Process()
-    process.run.kill()
-    process.run.wait(5)
-    process.run.stderr.close()
-    listening = socket.create_server(("127.0.0.1", process.port))
-    listening.close()
-
-
-def test_a_the_death_of_the_engine_ends_every_stream_with_an_error(start):
+def test_A8_the_death_of_the_engine_ends_every_stream_with_an_error(start):
     server = start(Scripted(answer="word " * 3000, delay_s=0.005))
     ends = []
 
@@ -148,7 +103,7 @@ def test_a_the_death_of_the_engine_ends_every_stream_with_an_error(start):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_b_leaving_frees_everything_at_once(start, stream):
+def test_B1_B2_leaving_frees_everything_at_once(start, stream):
     server = start(Scripted(answer="word " * 3000, delay_s=0.002))
     body = {"messages": [{"role": "user", "content": "x"}], "stream": stream, "enable_thinking": False}
     for _ in range(20):
@@ -167,7 +122,7 @@ def test_b_leaving_frees_everything_at_once(start, stream):
     assert sample(server, "duomo:requests_cancelled_total") == 20
 
 
-def test_b_cancel_by_id_ends_the_request_and_not_its_neighbour(start):
+def test_B7_cancel_by_id_ends_the_request_and_not_its_neighbour(start):
     server = start(Scripted(answer="word " * 200, delay_s=0.005))
     out = {}
 
@@ -186,7 +141,7 @@ def test_b_cancel_by_id_ends_the_request_and_not_its_neighbour(start):
     assert out["b"]["choices"][0]["message"]["content"] == server.backend.answer
 
 
-def test_f_over_the_cap_is_429_with_retry_after_and_recovers(start):
+def test_F1_over_the_cap_is_429_with_retry_after_and_recovers(start):
     server = start(Scripted(answer="word " * 300, delay_s=0.005), max_concurrency=2)
     threads = [threading.Thread(target=server.ask, kwargs={"enable_thinking": False}) for _ in range(2)]
     for thread in threads:
@@ -203,7 +158,7 @@ def test_f_over_the_cap_is_429_with_retry_after_and_recovers(start):
     assert server.ask().status_code == 200
 
 
-def test_g_a_silent_stream_gets_comments(start):
+def test_G2_a_silent_stream_gets_comments(start):
     server = start(Scripted(delay_s=0.3, thoughts="", answer="a b"), keep_alive_s=0.1)
     body = {"messages": [{"role": "user", "content": "x"}], "stream": True, "enable_thinking": False}
     with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -211,7 +166,7 @@ def test_g_a_silent_stream_gets_comments(start):
     assert lines.count(": still working") >= 2 and lines[-2] == "data: [DONE]"
 
 
-def test_g_a_reader_that_stands_still_blocks_nobody_and_is_dropped(start):
+def test_G1_a_reader_that_stands_still_blocks_nobody_and_is_dropped(start):
     server = start(Scripted(answer="x" * 20_000 + " y" * 50, thoughts=""), slow_client_s=0.4)
     server.backend.answer = ("z" * 30_000 + " ") * 600
     body = b'{"messages":[{"role":"user","content":"x"}],"stream":true,"enable_thinking":false}'
@@ -226,7 +181,7 @@ def test_g_a_reader_that_stands_still_blocks_nobody_and_is_dropped(start):
     raw.close()
 
 
-def test_k_metrics_count_what_happened(start):
+def test_K1_K3_K5_K6_metrics_count_what_happened(start):
     server = start()
     before = server.client.get("/metrics").text
     for name in (

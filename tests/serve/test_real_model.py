@@ -6,16 +6,12 @@ Its words are noise; what is proved is that the same question gets the same nois
 import http.server
 import json
 import threading
-from dataclasses import replace
 
 import pytest
 
-from duomo.serve.options import Options
-from tests.serve.conftest import Running, picture, picture_url
+from tests.serve.conftest import GREEDY, answer, picture_url, see
 from tests.serve.test_chat import joined
-from tests.tiny import TINY, tiny_model
 
-GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 SCHEMA = {
     "type": "object",
     "properties": {"animal": {"enum": ["cat", "dog"]}, "sure": {"type": "boolean"}},
@@ -25,69 +21,7 @@ SCHEMA = {
 TOOL = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A checkpoint: random weights, and a vocabulary trained on a few words."""
-    from duomo.checkpoints.save import save_model
-    from duomo.model import SpecialIds
-    from duomo.processing.tokenizer import Tokenizer
-    from duomo.train.vocabulary import train_vocabulary
-
-    folder = tmp_path_factory.mktemp("checkpoint")
-    words = ["the cat sat on a mat and said: hello world, yes or no?", "猫坐在垫子上。你好！", '{"a": 1}']
-    train_vocabulary(words * 30, folder / "tokenizer.json", vocab_size=700)
-    tokenizer = Tokenizer.load(folder)
-    names = {
-        "image_patch": "<|IMAGE_PLACEHOLDER|>",
-        "video_patch": "<|IMAGE_PLACEHOLDER|>",
-        "image_start": "<|IMAGE_START|>",
-        "image_end": "<|IMAGE_END|>",
-        "video_start": "<|VIDEO_START|>",
-        "video_end": "<|VIDEO_END|>",
-    }
-    ids = SpecialIds(
-        bos=tokenizer.special_id("<|begin_of_sentence|>"),
-        eos=tokenizer.eos_ids[0],
-        **{field: tokenizer.special_id(name) for field, name in names.items()},
-    )
-    save_model(tiny_model(replace(TINY, vocab_size=tokenizer.vocab_size, ids=ids)), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def real(folder, tmp_path_factory):
-    import asyncio
-
-    from duomo.serve.engine import open_backend
-
-    files = tmp_path_factory.mktemp("files")
-    (files / "a.png").write_bytes(picture(70, 60, "blue"))
-    options = Options(
-        model=str(folder),
-        allow_private_media=True,
-        allowed_local_media_path=str(files),
-        thinking="off",
-        kv_mb=64,
-    )
-    running = Running(asyncio.run(open_backend(options)), options)
-    running.files = files
-    yield running
-    running.stop()
-    running.backend.llm.close()
-
-
-def see(url, text="What is it?", **fields):
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
-    return {"messages": [{"role": "user", "content": content}], **GREEDY, **fields}
-
-
-def answer(real, body):
-    got = real.client.post("/v1/chat/completions", json=body)
-    assert got.status_code == 200, got.text
-    return got.json()
-
-
-def test_c_a_picture_by_data_http_and_file_gives_the_same_answer(real):
+def test_C9_C10_a_picture_by_data_http_and_file_gives_the_same_answer(real):
     handler = lambda *a: http.server.SimpleHTTPRequestHandler(*a, directory=str(real.files))  # noqa: E731
     site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=site.serve_forever, daemon=True).start()
@@ -105,7 +39,7 @@ def test_c_a_picture_by_data_http_and_file_gives_the_same_answer(real):
     assert answers[0]["usage"]["prompt_tokens_details"]["image_tokens"] > 0
 
 
-def test_c_stream_and_whole_and_count_agree(real):
+def test_C1_C8_stream_and_whole_and_count_agree(real):
     body = see(picture_url(width=80, height=80))
     whole = answer(real, body)
     events = real.events(**{**body, "stream_options": {"include_usage": True}})
@@ -115,14 +49,14 @@ def test_c_stream_and_whole_and_count_agree(real):
     assert count["image_tokens"] == whole["usage"]["prompt_tokens_details"]["image_tokens"]
 
 
-def test_c_a_prompt_seen_before_is_cached_and_answers_the_same(real):
+def test_C4_a_prompt_seen_before_is_cached_and_answers_the_same(real):
     body = {"messages": [{"role": "user", "content": "the cat sat on a mat. " * 8}], **GREEDY}
     first, second = answer(real, body), answer(real, body)
     assert first["choices"] == second["choices"]
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
 
 
-def test_c_four_at_once_answer_as_if_alone(real):
+def test_C3_four_at_once_answer_as_if_alone(real):
     body = {"messages": [{"role": "user", "content": "yes or no?"}], **GREEDY}
     alone = answer(real, body)["choices"]
     out = []
@@ -134,7 +68,7 @@ def test_c_four_at_once_answer_as_if_alone(real):
     assert out == [alone] * 4
 
 
-def test_c_n_choices_with_one_seed_are_reproducible(real):
+def test_C2_C5_n_choices_with_one_seed_are_reproducible(real):
     body = {
         "messages": [{"role": "user", "content": "hello"}],
         "n": 3,
@@ -147,7 +81,7 @@ def test_c_n_choices_with_one_seed_are_reproducible(real):
     assert texts == [c["message"]["content"] for c in second["choices"]] and len(set(texts)) > 1
 
 
-def test_h_a_budget_is_kept_by_the_model(real):
+def test_H1_a_budget_is_kept_by_the_model(real):
     for budget in (1, 5):
         body = {
             "messages": [{"role": "user", "content": "hi"}],
@@ -161,7 +95,7 @@ def test_h_a_budget_is_kept_by_the_model(real):
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}])
-def test_i_a_forced_call_is_valid_at_any_temperature(real, choice):
+def test_I1_a_forced_call_is_valid_at_any_temperature(real, choice):
     body = {
         "messages": [{"role": "user", "content": "look"}], "tools": [TOOL], "tool_choice": choice,
         "temperature": 2, "seed": 3, "max_tokens": 120, "parallel_tool_calls": False,
@@ -176,7 +110,7 @@ def test_i_a_forced_call_is_valid_at_any_temperature(real, choice):
     )
 
 
-def test_a_schema_holds_at_any_temperature_and_a_bad_one_is_a_400(real):
+def test_D7_a_schema_holds_at_any_temperature_and_a_bad_one_is_a_400(real):
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
     body = {"messages": [{"role": "user", "content": "hi"}], "temperature": 2, "max_tokens": 120, "seed": 1}
     text = answer(real, {**body, "response_format": form})["choices"][0]["message"]["content"]
@@ -190,7 +124,7 @@ def test_a_schema_holds_at_any_temperature_and_a_bad_one_is_a_400(real):
         assert got.status_code == 400 and got.json()["error"]["code"] == "invalid_grammar", (wrong, got.text)
 
 
-def test_b_leaving_frees_the_pages(real):
+def test_B1_leaving_frees_the_pages(real):
     body = {
         "messages": [{"role": "user", "content": "hi"}],
         "max_tokens": 4000,
@@ -202,7 +136,7 @@ def test_b_leaving_frees_the_pages(real):
     assert real.until(lambda: real.backend.gauges()["running"] == 0, 5)
 
 
-def test_d_bad_pictures_and_ids_out_of_range_are_4xx(real):
+def test_D9_E5_bad_pictures_and_ids_out_of_range_are_4xx(real):
     cut = picture_url(width=64, height=64)[:-120]
     bomb_free = [cut, "data:image/png;base64,iVBORw0KGgo="]
     for url in bomb_free:
@@ -212,7 +146,7 @@ def test_d_bad_pictures_and_ids_out_of_range_are_4xx(real):
         assert real.client.post("/v1/completions", json=body).status_code == 400
 
 
-def test_logprobs_have_tokens_bytes_and_alternatives(real):
+def test_C6_logprobs_have_tokens_bytes_and_alternatives(real):
     got = answer(
         real, {"messages": [{"role": "user", "content": "hi"}], **GREEDY, "logprobs": True, "top_logprobs": 2}
     )

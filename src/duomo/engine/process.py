@@ -300,6 +300,8 @@ def _child(place: str, folder: str, options: dict[str, Any]) -> None:
     engine.close()
     pending.put(None)
     sender.join(timeout=5)
+    if os.getppid() != parent:  # it was killed, and cannot tidy up itself
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _answer(engine: Engine, ask: Ask) -> Reply:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from duomo.engine.request import Constraint, SamplingParams
+from duomo.errors import MediaTooLarge
 from duomo.processing.media import FetchRules, Kind, fetch
 from duomo.processing.messages import ImagePart, Message, Part, TextPart, Tool, ToolCall, VideoPart
 from duomo.serve import schema
@@ -30,6 +31,7 @@ class MediaRules:
     fetch: FetchRules
     most: dict[str, int]
     defaults: schema.MediaKwargs
+    total_bytes: int = 128 << 20  # of one request
 
 
 async def messages_of(request: schema.ChatRequest, rules: MediaRules) -> tuple[Message, ...]:
@@ -39,7 +41,14 @@ async def messages_of(request: schema.ChatRequest, rules: MediaRules) -> tuple[M
     _check_limits(request.messages, rules.most)
     kwargs = _merged(rules.defaults, request.mm_processor_kwargs)
     turns = [_turn(message, index, kwargs, rules.fetch) for index, message in enumerate(request.messages)]
-    return tuple(await asyncio.gather(*turns))
+    messages = tuple(await asyncio.gather(*turns))
+    total = sum(len(part.data) for m in messages for part in m.parts if not isinstance(part, TextPart))
+    if total > rules.total_bytes:
+        most_mb = rules.total_bytes / (1 << 20)
+        raise MediaTooLarge(
+            f"the request's media are over {most_mb:g} MB together; send fewer or smaller ones"
+        )
+    return messages
 
 
 def _check_limits(messages: list[schema.ChatMessage], most: dict[str, int]) -> None:

@@ -88,6 +88,7 @@ class Options:
     media_memory_mb: int = flag(2048, "Megabytes that decoding one file may take.", low=16)
     media_decode_s: int = flag(60, "Seconds of computing that decoding one file may take.", low=1)
     media_max_mb: float = flag(32.0, "Megabytes of one encoded picture or video.", low=0.01)
+    media_total_mb: float = flag(128.0, "Megabytes of all encoded media of a request.", low=0.01)
     # HTTP
     host: str = flag("127.0.0.1", "Address to listen on.")
     port: int = flag(8180, "Port to listen on; 0 takes a free one.", low=0, high=65535)

@@ -65,7 +65,10 @@ class Server:
             Path(root) if root else None,
         )
         self.media = MediaRules(
-            rules, {"image": 16, "video": 2, **self.options.limit_mm_per_prompt}, defaults
+            rules,
+            {"image": 16, "video": 2, **self.options.limit_mm_per_prompt},
+            defaults,
+            int(self.options.media_total_mb * (1 << 20)),
         )
         if self.backend is not None and self.state == "loading":
             self.state = "ready"
