@@ -75,7 +75,11 @@ class FeatureCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
             os.close(handle)
-            save_file({"features": features.contiguous()}, name)
-            os.replace(name, path)
-        except (OSError, SafetensorError):
+            try:
+                save_file({"features": features.contiguous()}, name)
+                os.replace(name, path)
+            except BaseException:
+                os.unlink(name)
+                raise
+        except (OSError, SafetensorError):  # a full disk costs the cache alone
             return
