@@ -78,7 +78,8 @@ def test_B1_B2_leaving_gives_back_every_page_streamed_and_whole(small):
     slowed(server)
     body = hello(max_tokens=3000)
     with server.client.stream("POST", CHAT, json={**body, "stream": True}) as leaving:
-        next(leaving.iter_lines())
+        lines = leaving.iter_lines()  # kept: httpx ends the request with its iterator
+        next(lines)
         assert held(server) > 0
     assert server.until(lambda: held(server) == 0 and server.backend.gauges()["running"] == 0)
     with pytest.raises(httpx.ReadTimeout):
@@ -90,7 +91,8 @@ def test_B3_a_request_that_waits_is_cancelled_where_it_stands(small):
     server = small(max_num_seqs=1, kv_mb=64)
     slowed(server)
     with server.client.stream("POST", CHAT, json=hello(max_tokens=3000, stream=True)) as first:
-        next(first.iter_lines())
+        lines = first.iter_lines()
+        next(lines)
         threads, got = in_background(
             lambda i: server.client.post(CHAT, json=hello(request_id="chatcmpl-waiting")).json(), 1
         )
@@ -108,7 +110,8 @@ def test_B4_leaving_during_the_prefill_of_a_picture_frees_it(small):
     begun = slowed(server, 0.3)
     body = see(picture_url(width=400, height=400), stream=True)
     with server.client.stream("POST", CHAT, json=body) as leaving:
-        assert next(leaving.iter_lines()) == ": still working"  # no token has come
+        lines = leaving.iter_lines()
+        assert next(lines) == ": still working"  # no token has come
         assert begun.wait(20)
     assert server.until(lambda: held(server) == 0 and server.backend.gauges()["running"] == 0)
 
@@ -119,7 +122,8 @@ def test_B7_a_neighbour_that_leaves_changes_no_token(real):
     threads, got = in_background(lambda i: answer(real, body)["choices"], 2)
     for _ in range(3):
         with real.client.stream("POST", CHAT, json=hello(max_tokens=500, stream=True)) as leaving:
-            next(leaving.iter_lines())
+            lines = leaving.iter_lines()
+            next(lines)
     for thread in threads:
         thread.join(30)
     assert got == [alone, alone]
