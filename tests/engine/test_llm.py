@@ -315,3 +315,21 @@ def test_an_id_is_used_once_at_a_time_and_cancelled_before_it_is_taken_in(tokeni
         llm.cancel("r")
         assert list(first)[-1].finish_reason == "abort"
         llm.chat(ASK, thinking(max_tokens=1), request_id="r")
+
+
+def test_a_request_that_breaks_ends_alone(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from duomo.engine.answer import Answer
+
+    step = Answer.step
+
+    def breaks(answer: Answer, logits: object) -> int:
+        if answer._params.seed == 13:
+            raise GrammarError("the constraint cannot be used")
+        return step(answer, logits)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Answer, "step", breaks)
+    with saying(tokenizer, "hello world", is_thinking=False) as llm:
+        with pytest.raises(EngineError, match="cannot be used"):
+            llm.chat(ASK, SamplingParams(thinking="off", seed=13))
+        assert llm.is_alive and llm.stats()["pages_held"] == 0
+        assert llm.chat(ASK, SamplingParams(thinking="off")).text.endswith("hello world")

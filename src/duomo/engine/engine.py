@@ -199,7 +199,10 @@ class Engine:
         logits = self.runner.execute(step, starts)
         computed = time.perf_counter()
         for work, first, rows in zip(step.works, starts, logits, strict=True):
-            self._take(work, first, rows, step.traces.get(work.sequence.request.request_id))
+            try:
+                self._take(work, first, rows, step.traces.get(work.sequence.request.request_id))
+            except Exception as error:  # a grammar that breaks half-way, say: its request ends, no other
+                self._fail(work, error)
         self.counters.num_steps += 1
         self.counters.model_s += computed - scheduled
         self.counters.scheduling_s += scheduled - begun + time.perf_counter() - computed
@@ -315,6 +318,14 @@ class Engine:
             finish_reason=reason,
             cause=cause,
         )
+
+    def _fail(self, work: Work, error: Exception) -> None:
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        _log.warning("a request failed: %s", cause)
+        _log.debug("where it failed", exc_info=True)
+        entry = self._open.get(work.sequence.request.request_id)
+        if entry is not None:
+            self._close(entry, "error", cause)
 
     def _close(self, entry: _Open, reason: FinishReason, cause: str) -> None:
         sequence = entry.sequence

@@ -29,6 +29,8 @@ class Grammar:
         self._vocab_size = len(vocabulary.tokens)
         self._eos_ids = vocabulary.eos_ids
         self._matcher = LLMatcher(vocabulary.grammar_tokenizer, _grammar(constraint), log_level=0)
+        if not self._matcher.is_error() and not self._matcher.is_stopped():
+            self._matcher.compute_bitmask()  # some are found to be too large only when they are used
         self._raise_if_broken(constraint.kind)
 
     @property

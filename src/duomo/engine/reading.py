@@ -53,7 +53,7 @@ class Reader:
 
     def read(self, output: Output) -> Iterator[Delta]:
         if output.finish_reason == "error":
-            raise EngineError(f"the engine stopped: {output.cause}", cause=output.cause)
+            raise EngineError(f"the answer broke off: {output.cause}", cause=output.cause)
         self._num_tokens += len(output.token_ids)
         piece = self._text.add(output.token_ids)
         reason: FinishReason | None = output.finish_reason
