@@ -67,6 +67,7 @@ def test_a_file_gives_defaults_that_flags_override(tmp_path):
     path.write_text('{"port": 9000, "max-num-seqs": 4, "enable_mm": true, "api_key": ["a", "b"]}')
     options = parse(["--config", str(path), "--port", "9001"])
     assert (options.port, options.max_num_seqs, options.api_key) == (9001, 4, ("a", "b"))
+    assert len(options.notes) == 1 and options.notes[0].startswith("--enable-mm ")
     path.write_text('{"port": "9000"}')
     with pytest.raises(ConfigError, match="it must be int"):
         parse(["--config", str(path)])

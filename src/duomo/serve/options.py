@@ -134,7 +134,9 @@ def parse(argv: Sequence[str]) -> Options:
     names = vars(_parser().parse_args(list(argv)))
     set_aside: list[str] = names.pop("set_aside", None) or []
     config = names.pop("config", None)
-    given = {**(_from_file(config) if config else {}), **{k: v for k, v in names.items() if v is not None}}
+    from_file, more_set_aside = _from_file(config) if config else ({}, [])
+    set_aside = [*more_set_aside, *set_aside]
+    given = {**from_file, **{k: v for k, v in names.items() if v is not None}}
     notes = tuple(
         f"--{name} was given and has no effect here: {WITHOUT_MEANING.get(name) or DEPRECATED[name]}"
         for name in dict.fromkeys(set_aside)
@@ -214,7 +216,8 @@ class _SetAside(argparse.Action):
         namespace.set_aside = [*(namespace.set_aside or []), name]
 
 
-def _from_file(path: str) -> dict[str, Any]:
+def _from_file(path: str) -> tuple[dict[str, Any], list[str]]:
+    """The options in a file, and the names in it that have no effect here."""
     known = {option.name: option for option in fields(Options) if not option.metadata.get("hidden")}
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -222,16 +225,19 @@ def _from_file(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
     values = _mapping(path, text)
     given: dict[str, Any] = {}
+    set_aside: list[str] = []
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name.replace("_", "-") in (*WITHOUT_MEANING, *DEPRECATED):
+        dashed = str(key) if str(key) in WITHOUT_MEANING else name.replace("_", "-")
+        if dashed in (*WITHOUT_MEANING, *DEPRECATED):
+            set_aside.append(dashed)
             continue
         if name not in known:
             raise ConfigError(
                 f"--config {path} has {key!r}, which is no option; duomo serve --help lists them"
             )
         given[name] = _typed(path, name, known[name].type, value)
-    return given
+    return given, set_aside
 
 
 def _typed(path: str, name: str, annotation: Any, value: Any) -> Any:
