@@ -76,7 +76,7 @@ def test_a_bad_file_costs_its_worker_and_nobody_else():
             with pytest.raises(UnsupportedMedia) as there:
                 pool.load(ImagePart(bad))
             assert there.value.message == here.value.message
-            assert pool.load(ImagePart(png())).grid and pool.num_started == before + 1
+            assert pool.load(ImagePart(png(seed=before))).grid and pool.num_started == before + 1
     finally:
         pool.close()
 
@@ -119,10 +119,30 @@ def test_a_killed_worker_is_replaced_and_close_leaves_none():
     child = worker._process.pid
     os.kill(child, 9)
     with pytest.raises(UnsupportedMedia):
-        pool.load(ImagePart(png()))
-    assert pool.load(ImagePart(png())).grid
+        pool.load(ImagePart(png(seed=1)))
+    assert pool.load(ImagePart(png(seed=1))).grid
     last = pool._idle.queue[0]._process
     pool.close()
     assert last.poll() is not None
     with pytest.raises(MediaError):
-        pool.load(ImagePart(png()))
+        pool.load(ImagePart(png(seed=2)))
+
+
+def test_the_last_media_are_kept_within_their_bytes_and_only_for_the_same_question():
+    one = load_image(ImagePart(png())).patches.nbytes
+    pool = Decoders(1, cache_bytes=2 * one)
+    try:
+        first = pool.load(ImagePart(png()))
+        assert pool.load(ImagePart(png())) is first
+        assert pool.load(ImagePart(png(), max_pixels=28 * 28 * 2)) is not first
+        for seed in (1, 2):
+            pool.load(ImagePart(png(seed=seed)))
+        again = pool.load(ImagePart(png()))
+        assert again is not first and again.content_hash == first.content_hash
+    finally:
+        pool.close()
+    none = Decoders(1, cache_bytes=0)
+    try:
+        assert none.load(ImagePart(png())) is not none.load(ImagePart(png()))
+    finally:
+        none.close()

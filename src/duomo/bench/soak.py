@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import base64
 import collections
+import contextlib
 import io
 import json
 import os
@@ -264,8 +265,9 @@ def main() -> int:
 def _wait_until_ready(url: str) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if httpx.get(f"{url}/health").status_code == 200:
-            return
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health").status_code == 200:
+                return
         time.sleep(0.2)
     raise SystemExit("the model was not ready within 120 s")
 

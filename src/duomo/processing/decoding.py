@@ -3,17 +3,21 @@
 `Decoders.load` is `template.load_media` with walls around it. A few workers wait; each is started when first
 needed, takes one file at a time, and is killed when it is too slow, dies or met a file it could not decode
 (whatever that file did to its memory goes with it). Patches come back as an open file, mapped and not copied.
+The last ones are kept: a conversation sends its pictures again with every turn, and questions share theirs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import mmap
 import os
 import queue
 import socket
 import subprocess
 import sys
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +28,7 @@ import numpy as np
 from duomo import errors
 from duomo.errors import MediaError, UnsupportedMedia
 from duomo.processing.decode_worker import Decoded, Refused, Report
+from duomo.processing.media import Kind
 from duomo.processing.messages import ImagePart, VideoPart
 from duomo.processing.prompt import Grid, Media
 
@@ -45,8 +50,11 @@ class DecodeLimits:
 class Decoders:
     """At most `num_workers` files are decoded at a time; others wait. Calls may come from any thread."""
 
-    def __init__(self, num_workers: int = 2, limits: DecodeLimits | None = None) -> None:
+    def __init__(
+        self, num_workers: int = 2, limits: DecodeLimits | None = None, cache_bytes: int = 64 << 20
+    ) -> None:
         self.limits = limits or DecodeLimits()
+        self._kept = _Kept(cache_bytes)
         self.num_started = 0
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()  # None: a worker yet to be started
         for _ in range(num_workers):
@@ -55,6 +63,11 @@ class Decoders:
 
     def load(self, part: ImagePart | VideoPart) -> Media:
         """The medium. Raises what `load_media` raises, and MediaError when the limits are reached."""
+        asked = _asked(part)
+        key = hashlib.blake2b(asked, digest_size=16).digest()
+        return self._kept.get(key) or self._kept.put(key, self._decode(asked, _kind(part)))
+
+    def _decode(self, asked: bytes, kind: Kind) -> Media:
         worker = self._idle.get()
         is_sound = False
         try:
@@ -63,7 +76,7 @@ class Decoders:
             if worker is None:
                 worker = _Worker(self.limits)
                 self.num_started += 1
-            media = worker.decode(part)
+            media = worker.decode(asked, kind)
             is_sound = True
             return media
         except MediaError as error:
@@ -88,6 +101,30 @@ class Decoders:
             self._idle.put(None)
 
 
+class _Kept:
+    """The media used last, up to a size; each keeps a file open, so there is a bound on their number, too."""
+
+    def __init__(self, most_bytes: int, most: int = 128) -> None:
+        self._most_bytes, self._most, self._num_bytes = most_bytes, most, 0
+        self._media: OrderedDict[bytes, Media] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes) -> Media | None:
+        with self._lock:
+            if key in self._media:
+                self._media.move_to_end(key)
+            return self._media.get(key)
+
+    def put(self, key: bytes, media: Media) -> Media:
+        with self._lock:
+            if key not in self._media and media.patches.nbytes <= self._most_bytes:
+                self._media[key] = media
+                self._num_bytes += media.patches.nbytes
+            while self._num_bytes > self._most_bytes or len(self._media) > self._most:
+                self._num_bytes -= self._media.popitem(last=False)[1].patches.nbytes
+        return media
+
+
 class _Worker:
     def __init__(self, limits: DecodeLimits) -> None:
         self._limits, self.is_sound = limits, True
@@ -104,9 +141,7 @@ class _Worker:
                 env=environment,
             )  # fmt: skip
 
-    def decode(self, part: ImagePart | VideoPart) -> Media:
-        kind = "image" if isinstance(part, ImagePart) else "video"
-        asked = msgspec.msgpack.encode((kind, part))
+    def decode(self, asked: bytes, kind: Kind) -> Media:
         try:
             self._channel.settimeout(self._limits.wall_s)
             self._channel.sendall(len(asked).to_bytes(4, "big") + asked)
@@ -136,13 +171,21 @@ class _Worker:
         self._process.wait()
 
 
-def _media(kind: str, report: Decoded, file: int) -> Media:
+def _kind(part: ImagePart | VideoPart) -> Kind:
+    return "image" if isinstance(part, ImagePart) else "video"
+
+
+def _asked(part: ImagePart | VideoPart) -> bytes:
+    return msgspec.msgpack.encode((_kind(part), part))
+
+
+def _media(kind: Kind, report: Decoded, file: int) -> Media:
     if report.size_bytes != os.fstat(file).st_size:
         raise EOFError
     mapped = mmap.mmap(file, report.size_bytes, access=mmap.ACCESS_READ)
     grid = Grid(*report.grid)
     patches = np.frombuffer(mapped, dtype=np.uint8).reshape(grid.num_patches, -1)
-    return Media("image" if kind == "image" else "video", patches, grid, report.content_hash)
+    return Media(kind, patches, grid, report.content_hash)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from duomo.engine.request import Constraint, Delta, TokenLogprob
-from duomo.errors import ConfigError, PromptError
+from duomo.errors import PromptError
 from duomo.llm import LLM, Question
 from duomo.processing.decoding import DecodeLimits, Decoders
 from duomo.processing.messages import Message
@@ -43,7 +43,8 @@ async def open_backend(options: Options) -> Backend:
         "own_process": options.engine_process,
     }
     limits = DecodeLimits(options.media_memory_mb << 20, options.media_decode_s, 2.0 * options.media_decode_s)
-    decoders = Decoders(options.media_workers, limits)
+    cache_bytes = int(max(0.0, options.max_processor_cache) * (1 << 30))
+    decoders = Decoders(options.media_workers, limits, cache_bytes)
     try:
         llm = await asyncio.to_thread(partial(LLM.open, options.model, load=decoders.load, **asked))
     except BaseException:
@@ -120,15 +121,10 @@ class Model:
         return job_id in self._running
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        self._adapters().load_adapter(name, folder)
+        self.llm.load_adapter(name, folder)
 
     def unload_adapter(self, name: str) -> None:
-        self._adapters().unload_adapter(name)
-
-    def _adapters(self) -> Any:
-        if not hasattr(self.llm, "load_adapter"):
-            raise ConfigError("this engine takes no adapters")
-        return self.llm
+        self.llm.unload_adapter(name)
 
     def encode(self, text: str) -> list[int]:
         return self.llm.tokenizer.encode(text)

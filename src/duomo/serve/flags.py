@@ -36,7 +36,6 @@ WITHOUT_MEANING: dict[str, str] = {
     "model-impl": "there is one implementation",
     "use-warmup": "the engine warms up by itself",
     "max-encoder-cache": "picture features are kept within memory; --encoder-cache-dir keeps them on disk",
-    "max-processor-cache": "pixels are not kept; features are",
     "tool-parser-plugin": "no code from outside is loaded; the parsers are built in",
     "chat-template": "the template is written out in duomo; no template code is run",
     "speculative-config": "--num-drafts N turns n-gram lookup on; it never changes the output",

@@ -86,6 +86,9 @@ class Options:
     media_timeout_s: float = flag(10.0, "Seconds to fetch one picture or video.", low=0.1)
     media_workers: int = flag(2, "Processes that decode pictures and videos.", low=1, high=64)
     media_memory_mb: int = flag(2048, "Megabytes that decoding one file may take.", low=16)
+    max_processor_cache: float = flag(
+        0.0625, "GiB of decoded media kept for the next turn; 0 or less keeps none.", low=-1
+    )
     media_decode_s: int = flag(60, "Seconds of computing that decoding one file may take.", low=1)
     media_max_mb: float = flag(32.0, "Megabytes of one encoded picture or video.", low=0.01)
     media_total_mb: float = flag(128.0, "Megabytes of all encoded media of a request.", low=0.01)
