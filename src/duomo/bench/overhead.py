@@ -164,8 +164,8 @@ def free_port() -> int:
 
 
 def wait_for(port: int) -> None:
-    """Returns once the port is open; SystemExit after a minute."""
-    deadline = time.monotonic() + 60
+    """Returns once the port is open; SystemExit after three minutes."""
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()

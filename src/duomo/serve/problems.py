@@ -70,6 +70,7 @@ STATUS_OF: tuple[tuple[type[errors.Error], int, str], ...] = (
     (errors.MediaError, 400, "invalid_media"),
     (errors.GrammarError, 400, "invalid_grammar"),
     (errors.ConfigError, 400, "invalid_value"),
+    (errors.CheckpointError, 400, "invalid_checkpoint"),  # of an adapter: what is served was read before
     (errors.OutOfPages, 503, "out_of_memory"),
     (errors.Aborted, 503, "aborted"),
     (errors.EngineError, 503, "engine_error"),
