@@ -193,6 +193,22 @@ def test_E13_an_animation_is_its_first_frame(real, kind):
     assert tokens(real, data_url(moving, f"image/{kind.lower()}")) == tokens(real, data_url(saved(still)))
 
 
+def test_detail_and_pixels_of_a_request_bound_what_a_picture_costs(real):
+    url = picture_url(width=900, height=900)
+
+    def image_tokens(source, **fields):
+        content = [{"type": "image_url", "image_url": {"url": url, **source}}]
+        body = {"messages": [{"role": "user", "content": content}], **fields}
+        return real.client.post("/v1/chat/completions/input_tokens", json=body).json()["image_tokens"]
+
+    whole = image_tokens({})
+    assert image_tokens({"detail": "high"}) == image_tokens({"detail": "auto"}) == whole == 32 * 32
+    assert image_tokens({"detail": "low"}) <= 512 * 512 // 28**2 < whole
+    assert image_tokens({"max_pixels": 28 * 28 * 16}) <= 16
+    assert image_tokens({}, mm_processor_kwargs={"image_max_pixels": 28 * 28 * 9}) <= 9
+    assert image_tokens({"max_pixels": 28 * 28 * 16}, mm_processor_kwargs={"max_pixels": 28 * 28 * 4}) > 4
+
+
 # ---- what is dangerous ----
 
 
