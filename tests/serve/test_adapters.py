@@ -79,3 +79,31 @@ def test_without_the_flag_nothing_is_loaded_and_names_are_plain(start, root):
     on = start(lora_root=str(root))
     for name in ("a b", "../x", "", "duomo", "default"):
         assert load(on, name, "one").status_code == 400, name
+
+
+def test_an_adapter_changes_what_a_real_model_says_and_unloading_undoes_it(folder, start, tmp_path):
+    import asyncio
+
+    from duomo.checkpoints import load_config
+    from duomo.serve.engine import open_backend
+    from duomo.serve.options import Options
+    from tests.engine.test_adapters import write_adapter
+    from tests.serve.conftest import GREEDY
+
+    write_adapter(tmp_path / "root" / "mine", load_config(folder))
+    (tmp_path / "root" / "bad").mkdir()
+    (tmp_path / "root" / "bad" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
+    options = Options(model=str(folder), lora_root=str(tmp_path / "root"), thinking="off", kv_mb=64)
+    backend = asyncio.run(open_backend(options))
+    try:
+        server = start(backend, model=str(folder), lora_root=options.lora_root, thinking="off")
+        say = lambda model: server.ask(model=model, logprobs=True, **GREEDY).json()["choices"]  # noqa: E731
+        plain = say("")
+        assert load(server, "mine", "mine").status_code == 200
+        mine = say("mine")
+        assert mine != plain == say("") and mine == say("mine")
+        refused = load(server, "bad", "bad")
+        assert refused.status_code == 400 and refused.json()["error"]["code"] == "invalid_checkpoint"
+        assert unload(server, "mine").status_code == 200 and say("") == plain
+    finally:
+        asyncio.run(backend.close())
