@@ -9,6 +9,8 @@ import pytest
 
 from duomo.processing.tokenizer import Tokenizer
 from duomo.tasks import Handwriting, dialogue, digits, shapes
+from duomo.tasks.pools import FONTS, Pools
+from duomo.tasks.scene import Split
 from duomo.train.vocabulary import train_vocabulary
 
 
@@ -16,6 +18,29 @@ from duomo.train.vocabulary import train_vocabulary
 def pool() -> Handwriting:
     rng = np.random.default_rng(0)
     return Handwriting(tuple(rng.integers(0, 256, (10, 3, 28, 28)).astype(np.uint8)))
+
+
+def made_up_pools(split: Split) -> Pools:
+    """Noise of every sort a generator draws from, other noise for every split; the fonts are real."""
+    rng = np.random.default_rng(["train", "dev", "test"].index(split))
+
+    def noise(*shape: int) -> np.ndarray:  # type: ignore[type-arg]
+        return rng.integers(0, 256, shape).astype(np.uint8)
+
+    return Pools(
+        split,
+        Handwriting(tuple(noise(10, 3, 28, 28))),
+        noise(5, 28, 28),
+        (noise(96, 96), noise(96, 96)),
+        noise(160, 160, 3),
+        rng.uniform(0, 0.06, (160, 160, 2)).astype(np.float32),
+        FONTS[split],
+    )
+
+
+@pytest.fixture(scope="session")
+def pools() -> Pools:
+    return made_up_pools("train")
 
 
 @pytest.fixture(scope="session")

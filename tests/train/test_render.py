@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from duomo.processing.messages import ImagePart, Message
+from duomo.model import Ernie
+from duomo.processing.messages import ImagePart, Message, ToolCall
 from duomo.processing.patches import normalize
 from duomo.processing.prompt import MediaSpan
 from duomo.processing.template import render_with_labels
 from duomo.processing.tokenizer import Tokenizer
-from duomo.tasks import Example, Handwriting, Turn, dialogue, digits
-from duomo.train.batches import BlockCache, collate, model_batch, patches_tensor
-from duomo.train.render import IGNORE, Renderer, Sample
+from duomo.tasks import Example, Handwriting, Turn, clips, dialogue, digits, places
+from duomo.tasks.families import FAMILIES
+from duomo.tasks.pools import Pools
+from duomo.train.batches import BlockCache, TrainingBatch, collate, model_batch, patches_tensor
+from duomo.train.render import IGNORE, Renderer, Sample, tools_of
 from duomo.train.run import build_model
 
 
@@ -44,7 +49,7 @@ def test_block_masked_logits_equal_questions_asked_alone(tokenizer: Tokenizer, e
     with torch.inference_mode():
         features = model.encode(patches, together.grids)
         batch = model_batch(together, model.config, features)
-        found = model.unembed(model(batch, BlockCache(together.block_BL)))
+        found = model.unembed(model(batch, BlockCache(together)))
     done = 0
     for turn in example.turns:
         alone = blocks_of(renderer, Example((turn,), example.scene, example.picture))
@@ -57,19 +62,26 @@ def test_block_masked_logits_equal_questions_asked_alone(tokenizer: Tokenizer, e
     assert done == len(found)
 
 
-def test_a_padded_row_changes_nothing(tokenizer: Tokenizer, example: Example, pool: Handwriting) -> None:
+def test_samples_of_one_row_change_nothing(tokenizer: Tokenizer, example: Example, pools: Pools) -> None:
+    """Each of six samples, packed two or three to a row, has the logits that it has alone."""
     model, renderer = build_model(tokenizer, 3).eval(), Renderer(tokenizer)
-    other = digits.generate(np.random.default_rng(8), pool, (84, 112), num_turns=6)
-    samples = [blocks_of(renderer, example), blocks_of(renderer, other)]
-    results = []
-    for chosen in (samples[:1], samples):
-        packed = collate(chosen, pad_id=0)
-        patches = patches_tensor(packed)
-        assert patches is not None
-        with torch.inference_mode():
-            batch = model_batch(packed, model.config, model.encode(patches, packed.grids))
-            results.append(model.unembed(model(batch, BlockCache(packed.block_BL))))
-    assert torch.allclose(results[0], results[1][: len(results[0])], atol=2e-4)
+    rng = np.random.default_rng(8)
+    examples = [example, *(FAMILIES[name](rng, pools) for name in ("text", "clips", "text", "surface", "text"))]
+    samples = [blocks_of(renderer, one) for one in examples]
+    packed = collate(samples, pad_id=0)
+    assert packed.ids_BL.shape[0] < len(samples)
+    together = logits_of(model, packed)
+    flat = packed.sample_BL.reshape(-1)[packed.labels_BL.reshape(-1) != IGNORE]
+    for index, sample in enumerate(samples):
+        alone = logits_of(model, collate([sample], pad_id=0))
+        assert torch.allclose(together[torch.from_numpy(flat == index)], alone, atol=2e-4)
+
+
+def logits_of(model: Ernie, packed: TrainingBatch) -> Tensor:
+    patches = patches_tensor(packed)
+    with torch.inference_mode():
+        features = None if patches is None else model.encode(patches, packed.grids)
+        return model.unembed(model(model_batch(packed, model.config, features), BlockCache(packed)))
 
 
 def test_labels_are_the_next_tokens_of_answers_alone(tokenizer: Tokenizer, example: Example) -> None:
@@ -147,3 +159,27 @@ def test_text_alone_and_history_are_rendered_as_in_serving(tokenizer: Tokenizer,
         history.append(answer_of(turn) if last else Message.of("assistant", turn.answer))
     served = render_with_labels(history, tokenizer)
     assert (sample.ids, sample.labels) == (served.prompt.ids, served.labels)
+
+
+def test_videos_places_and_tool_calls_are_rendered_as_in_serving(tokenizer: Tokenizer, pools: Pools) -> None:
+    """Frames carry their times; `<|LOC_x|>` and tools become the control tokens of the template."""
+    renderer, rng = Renderer(tokenizer), np.random.default_rng(3)
+    clip = clips.generate(rng, pools)
+    assert clip.picture is not None
+    found = renderer.render(Example(clip.turns[:1], clip.scene, clip.picture, times=clip.times), Always())  # type: ignore[arg-type]
+    assert found.grid is not None and found.grid.frames == len(clip.times)
+    assert found.ids.count(tokenizer.special_id("<|IMAGE_PLACEHOLDER|>")) == found.grid.num_tokens
+    assert tokenizer.special_id("<|VIDEO_START|>") in found.ids
+    boxed = [t for t in places.generate(rng, pools).turns if t.kind == "places/box"][0]
+    labels = [x for x in blocks_of(renderer, Example((boxed,), "")).labels if x != IGNORE]
+    assert tokenizer.decode(labels[:-1]) == boxed.answer and len(labels) == 7
+    calls = [e.turns[0] for e in (FAMILIES["instructions"](rng, pools) for _ in range(40)) if e.turns[0].functions]
+    for turn in calls:
+        sample = blocks_of(renderer, Example((turn,), ""))
+        fields = json.loads(turn.answer)
+        answer = Message("assistant", (), None, (ToolCall("1", fields["name"], fields["arguments"]),))
+        served = render_with_labels(
+            [Message.of("user", turn.question), answer], tokenizer, tools=tools_of(turn.functions)
+        )
+        assert (sample.ids, sample.labels) == (served.prompt.ids, served.labels)
+    assert len(calls) > 4

@@ -222,7 +222,7 @@ def _head(
     if tools:
         writer.text("\n")
         writer.control("<tool_list>")
-        writer.text(f"\n{json.dumps([_declared(tool) for tool in tools], ensure_ascii=False)}\n")
+        writer.text(tool_list(tools))
         writer.control("</tool_list>")
         writer.text("\n")
     system = "\n".join(message.text for message in conversation if message.role == "system")
@@ -230,6 +230,11 @@ def _head(
         system = _THINKING_SYSTEM
     if system:
         writer.text(system + "\n")
+
+
+def tool_list(tools: Sequence[Tool]) -> str:
+    """What stands between `<tool_list>` and its end."""
+    return f"\n{json.dumps([_declared(tool) for tool in tools], ensure_ascii=False)}\n"
 
 
 def _declared(tool: Tool) -> dict[str, object]:

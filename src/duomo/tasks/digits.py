@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from duomo.tasks.handwriting import Handwriting
-from duomo.tasks.scene import Example, Language, Pixels, Turn, pick
+from duomo.tasks.scene import Example, Language, Mark, Pixels, Turn, pick
 
 CANVASES_PX = ((112, 112), (84, 112), (84, 84), (112, 140), (56, 112))  # height, width
 
@@ -133,11 +133,12 @@ def generate(
     """A number and several questions about it, in both languages, with and without thinking."""
     digits = draw_number(rng)
     canvas_px = canvas_px or CANVASES_PX[int(rng.integers(len(CANVASES_PX)))]
-    picture, _ = draw_line(rng, pool, digits, canvas_px, min_spacing)
+    picture, placed = draw_line(rng, pool, digits, canvas_px, min_spacing)
+    marks = tuple(Mark(f"digit {p.digit}", p.row, p.column) for p in placed)
     makers = [_read, _add, _add_thinking, _largest, _how_many]
     chosen = [_read, *(makers[i] for i in rng.choice(5, size=num_turns - 1, p=(0.3, 0.2, 0.3, 0.1, 0.1)))]
     turns = tuple(make(rng, digits, _language(rng)) for make in chosen)
-    return Example(turns, f"digits {digits} on {canvas_px}", picture)
+    return Example(turns, f"digits {digits} on {canvas_px}", picture, marks)
 
 
 def _language(rng: np.random.Generator) -> Language:

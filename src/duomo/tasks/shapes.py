@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from duomo.tasks.scene import Example, Language, Pixels, Split, Turn, pick, split_of
+from duomo.tasks.scene import Example, Language, Mark, Pixels, Split, Turn, pick, split_of
 
 KINDS = ("circle", "square", "triangle", "star", "cross")
 COLOURS = {
@@ -75,7 +75,7 @@ def generate(rng: np.random.Generator, split: Split, num_turns: int = 4) -> Exam
         makers[int(rng.integers(len(makers)))](rng, shapes, "en" if rng.random() < 0.5 else "zh")
         for _ in range(num_turns)
     )
-    return Example(turns, scene, draw(rng, shapes))
+    return Example(turns, scene, draw(rng, shapes), marks_of(shapes))
 
 
 def draw_scene(rng: np.random.Generator) -> list[Shape]:
@@ -99,18 +99,22 @@ def draw(rng: np.random.Generator, shapes: list[Shape]) -> Pixels:
         radius = rng.uniform(8, 12.5) * 3
         row, column = (84 * place + 42 + rng.uniform(-4, 4) * 3 for place in divmod(shape.cell, 4))
         tint = tuple(int(np.clip(c + rng.uniform(-18, 18), 0, 255)) for c in COLOURS[shape.colour])
-        _draw_shape(pen, shape.kind, column, row, radius, rng.uniform(-0.2, 0.2), tint)
+        draw_shape(pen, shape.kind, column, row, radius, rng.uniform(-0.2, 0.2), tint)
     return np.asarray(picture.resize((112, 112), Image.Resampling.BOX))
 
 
-def _draw_shape(
+def draw_shape(
     pen: ImageDraw.ImageDraw, kind: str, x: float, y: float, radius: float, turn: float, fill: tuple[int, ...]
 ) -> None:
     if kind == "circle":
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
         return
+    if kind == "ring":
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=fill, width=round(radius * 0.4))
+        return
     corners = {
         "square": [(1.0, math.pi / 4 + math.pi / 2 * i) for i in range(4)],
+        "diamond": [(1.15 if i % 2 else 0.7, math.pi / 2 * i) for i in range(4)],
         "triangle": [(1.1, -math.pi / 2 + math.pi * 2 / 3 * i) for i in range(3)],
         "star": [(1.15 if i % 2 == 0 else 0.45, -math.pi / 2 + math.pi / 5 * i) for i in range(10)],
         "cross": [
@@ -131,6 +135,13 @@ def named(shape: Shape, language: Language) -> str:
     if language == "en":
         return f"{shape.colour} {shape.kind}"
     return ZH[shape.colour] + ZH[shape.kind]
+
+
+def marks_of(shapes: list[Shape]) -> tuple[Mark, ...]:
+    """At the centres of the cells; a shape strays from its centre by less than the cell."""
+    return tuple(
+        Mark(f"shape {s.kind}", 28.0 * (s.cell // 4) + 14, 28.0 * (s.cell % 4) + 14, s.colour) for s in shapes
+    )
 
 
 def _name(rng: np.random.Generator, shapes: list[Shape], language: Language) -> Turn:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from duomo.checkpoints import load_model
 from duomo.processing.tokenizer import Tokenizer
 from duomo.tasks import dialogue, digits, load_handwriting, shapes
 from duomo.train.recipe import Recipe
@@ -38,14 +42,29 @@ def corpus(cache_folder: Path, recipe: Recipe) -> Iterator[str]:
                 yield entry["translation"]["en"]
 
 
-def run(folder: Path, cache: Path, steps: Sequence[int | None] = ()) -> None:
-    """Trains or resumes the recipe in `folder`; `steps` replaces the lengths of its stages, in order."""
-    recipe = Recipe().with_steps(*steps)
+def run(
+    folder: Path,
+    cache: Path,
+    steps: Sequence[int | None] = (),
+    start: Path | None = None,
+    stage: str = "eyes",
+    size: str = "tiny",
+    device: str = "cpu",
+) -> None:
+    """Trains or resumes the recipe in `folder`; `steps` replaces the lengths of its stages, in order.
+
+    With `start`, a new run takes that checkpoint's vocabulary and weights and begins at `stage`.
+    """
+    recipe = replace(Recipe(), name=size).with_steps(*steps)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tokenizer.json").is_file():
-        train_vocabulary(corpus(cache, recipe), folder / "tokenizer.json")
+        if start is not None:
+            shutil.copyfile(start / "tokenizer.json", folder / "tokenizer.json")
+        else:
+            train_vocabulary(corpus(cache, recipe), folder / "tokenizer.json")
     print(f"{Tokenizer.load(folder).vocab_size} ids in the vocabulary", flush=True)
-    train(recipe, folder, cache, say=lambda line: print(line, flush=True))
+    begin = None if start is None else (stage, load_model(start, torch.float32).state_dict())
+    train(recipe, folder, cache, lambda line: print(line, flush=True), begin, device)
 
 
 def main() -> None:
@@ -55,8 +74,12 @@ def main() -> None:
     )
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="where fetched packages lie")
     parser.add_argument("--steps", type=int, nargs="*", default=[], help="steps of each stage, in order")
-    options = parser.parse_args()
-    run(options.folder, options.cache, options.steps)
+    parser.add_argument("--from", dest="start", type=Path, help="a checkpoint to begin with")
+    parser.add_argument("--stage", default="eyes", help="the stage that --from begins at")
+    parser.add_argument("--size", default="tiny", help="tiny, or mini, which needs a GPU")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    given = parser.parse_args()
+    run(given.folder, given.cache, given.steps, given.start, given.stage, given.size, given.device)
 
 
 if __name__ == "__main__":

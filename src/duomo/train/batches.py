@@ -1,4 +1,4 @@
-"""Samples to tensors: rows padded to one length, positions, the mask between blocks, media rows.
+"""Samples to tensors: packed rows, positions, the mask between samples and their blocks, media rows.
 
 A batch is a function of (seed, stage, step) alone, so a worker makes it ahead of time and a resumed run sees
 the same data. `BlockCache` is the KVCache of training: no storage, one masked attention over [B, L].
@@ -7,6 +7,7 @@ the same data. `BlockCache` is the KVCache of training: no storage, one masked a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,16 @@ from duomo.processing.prompt import Grid, MediaSpan
 from duomo.train.render import IGNORE, Array, Sample
 
 
+ROW_TOKENS = 192  # of a packed row, unless a sample is longer
+
+
+class Place(NamedTuple):
+    """Where a sample stands in the batch."""
+
+    row: int
+    start: int
+
+
 @dataclass(slots=True)
 class TrainingBatch:
     """B rows of L tokens, flattened to T = B*L in the arrays that the model sees."""
@@ -27,37 +38,64 @@ class TrainingBatch:
     ids_BL: Array
     labels_BL: Array
     block_BL: Array  # -1 in the padding
+    sample_BL: Array  # which sample of the batch, -1 in the padding
     positions_3T: Array
     feature_rows: Array
-    patches_PX: Array | None  # uint8
+    patches_PX: Array | None  # uint8, equal grids side by side
     grids: list[Grid]
-    kinds: list[list[str]]
+    kinds: list[list[str]]  # of every sample's blocks
+    places: list[Place]
 
 
 def collate(samples: list[Sample], pad_id: int) -> TrainingBatch:
-    length = -(-max(len(sample.ids) for sample in samples) // 8) * 8
-    shape = (len(samples), length)
-    ids, labels, block = np.full(shape, pad_id), np.full(shape, IGNORE), np.full(shape, -1)
+    """Packs samples into rows, first fit, longest first; nothing is cut and no sample sees another."""
+    capacity = -(-max(ROW_TOKENS, *(len(sample.ids) for sample in samples)) // 8) * 8
+    places = _pack([len(sample.ids) for sample in samples], capacity)
+    used = max(p.start + len(s.ids) for p, s in zip(places, samples, strict=True))
+    shape = (1 + max(place.row for place in places), -(-used // 8) * 8)
+    ids, labels = np.full(shape, pad_id), np.full(shape, IGNORE)
+    block, sample_of = np.full(shape, -1), np.full(shape, -1)
     positions = np.zeros((3, *shape), dtype=np.int64)
-    feature_rows = []
-    for row, sample in enumerate(samples):
-        count = len(sample.ids)
-        ids[row, :count], labels[row, :count], block[row, :count] = sample.ids, sample.labels, sample.block
-        positions[:, row, :count] = _positions(sample)
-        if sample.grid is not None:
-            start = row * length + sample.media_start
-            feature_rows.append(np.arange(start, start + sample.grid.num_tokens))
-    patches = [sample.patches for sample in samples if sample.patches is not None]
+    for index, (sample, (row, start)) in enumerate(zip(samples, places, strict=True)):
+        stretch = slice(start, start + len(sample.ids))
+        ids[row, stretch], labels[row, stretch], block[row, stretch] = sample.ids, sample.labels, sample.block
+        sample_of[row, stretch] = index
+        positions[:, row, stretch] = _positions(sample)
+    # Equal grids side by side, so that the tower computes them as one batch.
+    seen = [i for i, sample in enumerate(samples) if sample.grid is not None]
+    seen.sort(key=lambda i: samples[i].grid or Grid(0, 0, 0))
+    feature_rows, patches, grids = [], [], []
+    for i in seen:
+        grid, rows = samples[i].grid, samples[i].patches
+        assert grid is not None and rows is not None
+        first = places[i].row * shape[1] + places[i].start + samples[i].media_start
+        feature_rows.append(np.arange(first, first + grid.num_tokens))
+        patches.append(rows)
+        grids.append(grid)
     return TrainingBatch(
         ids,
         labels,
         block,
+        sample_of,
         positions.reshape(3, -1),
         np.concatenate(feature_rows) if feature_rows else np.zeros(0, dtype=np.int64),
         np.concatenate(patches) if patches else None,
-        [sample.grid for sample in samples if sample.grid is not None],
+        grids,
         [sample.kinds for sample in samples],
+        places,
     )
+
+
+def _pack(lengths: list[int], capacity: int) -> list[Place]:
+    used: list[int] = []
+    places: dict[int, Place] = {}
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, u in enumerate(used) if u + lengths[index] <= capacity), len(used))
+        if row == len(used):
+            used.append(0)
+        places[index] = Place(row, used[row])
+        used[row] += lengths[index]
+    return [places[index] for index in range(len(lengths))]
 
 
 def _positions(sample: Sample) -> Array:
@@ -72,19 +110,24 @@ def _positions(sample: Sample) -> Array:
 
 
 def model_batch(batch: TrainingBatch, config: ModelConfig, features_RD: Tensor | None) -> Batch:
-    """What `Ernie.forward` takes; logits only where a label is."""
+    """What `Ernie.forward` takes, where the features are; logits only where a label is."""
     ids_T = batch.ids_BL.reshape(-1)
     is_vision = token_routes(ids_T, config)
+    device = torch.device("cpu") if features_RD is None else features_RD.device
+
+    def there(array: Array) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
     return Batch(
-        ids_T=torch.from_numpy(ids_T),
-        positions_3T=torch.from_numpy(batch.positions_3T),
-        text_rows=torch.from_numpy(np.flatnonzero(~is_vision)),
-        vision_rows=torch.from_numpy(np.flatnonzero(is_vision)),
+        ids_T=there(ids_T),
+        positions_3T=there(batch.positions_3T),
+        text_rows=there(np.flatnonzero(~is_vision)),
+        vision_rows=there(np.flatnonzero(is_vision)),
         num_new=(batch.ids_BL.shape[1],) * batch.ids_BL.shape[0],
         num_cached=(0,) * batch.ids_BL.shape[0],
-        feature_rows=torch.from_numpy(batch.feature_rows) if features_RD is not None else None,
+        feature_rows=there(batch.feature_rows) if features_RD is not None else None,
         features_RD=features_RD,
-        logit_rows=torch.from_numpy(np.flatnonzero(batch.labels_BL.reshape(-1) != IGNORE)),
+        logit_rows=there(np.flatnonzero(batch.labels_BL.reshape(-1) != IGNORE)),
     )
 
 
@@ -93,14 +136,15 @@ def patches_tensor(batch: TrainingBatch) -> Tensor | None:
 
 
 class BlockCache:
-    """Causal attention in which a block sees the prefix and itself. Keeps nothing."""
+    """Causal attention in which a block sees its sample's prefix and itself. Keeps nothing."""
 
-    def __init__(self, block_BL: Array) -> None:
-        block = torch.from_numpy(block_BL)
+    def __init__(self, batch: TrainingBatch, device: torch.device | str = "cpu") -> None:
+        block, sample = (torch.from_numpy(x).to(device) for x in (batch.block_BL, batch.sample_BL))
         self.shape = tuple(block.shape)
         query, key = block[:, :, None], block[:, None, :]
-        causal = torch.ones(block.shape[1], block.shape[1], dtype=torch.bool).tril()
-        self.mask_B1LL = (((key == 0) | (key == query)) & causal)[:, None]
+        causal = torch.ones(block.shape[1], block.shape[1], dtype=torch.bool, device=device).tril()
+        same = sample[:, :, None] == sample[:, None, :]
+        self.mask_B1LL = (same & ((key == 0) | (key == query)) & causal)[:, None]
 
     def attend(
         self, layer_index: int, query_TNH: Tensor, key_TGH: Tensor, value_TGH: Tensor, batch: Batch

@@ -9,20 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from duomo.checkpoints import save_model
-from duomo.errors import TrainingError
 from duomo.model import Ernie
 from duomo.processing.tokenizer import Tokenizer
 from duomo.train.recipe import Recipe
-from duomo.train.run import build_model
+from duomo.train.run import averaged, build_model
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
 MAX_PIXELS = 112 * 140  # the largest picture of the training; bigger ones are reduced to it
@@ -33,25 +30,13 @@ def export(run: Path, folder: Path) -> None:
     """Writes the averaged model of a finished run into `folder`. TrainingError if a stage is missing."""
     tokenizer = Tokenizer.load(run)
     model = build_model(tokenizer, seed=0)
-    model.load_state_dict(averaged(run, Recipe().average))
+    model.load_state_dict(averaged(run, Recipe().export))
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, folder, torch.bfloat16)
     shutil.copyfile(run / "tokenizer.json", folder / "tokenizer.json")
     for name, fields in _settings(model, tokenizer).items():
         (folder / name).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     write_sums(folder)
-
-
-def averaged(run: Path, shares: Sequence[tuple[str, float]]) -> dict[str, Tensor]:
-    """The mean of a run's weights at the ends of stages, by share."""
-    total: dict[str, Tensor] = {}
-    for stage, share in shares:
-        path = run / f"{stage}.pt"
-        if not path.is_file():
-            raise TrainingError(f"{run} has no {path.name}; the stage {stage!r} of the run must be finished")
-        for name, tensor in torch.load(path, weights_only=True).items():
-            total[name] = total[name] + share * tensor if name in total else share * tensor
-    return total
 
 
 def _settings(model: Ernie, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duomo.model import Ernie
-from duomo.tasks import Example, Handwriting, Split, dialogue, digits, shapes
+from duomo.tasks import Example, digits
+from duomo.tasks.families import FAMILIES
+from duomo.tasks.pools import Pools
 from duomo.train.batches import BlockCache, TrainingBatch, collate, model_batch, patches_tensor
 from duomo.train.recipe import Stage
 from duomo.train.render import IGNORE, Renderer
@@ -24,35 +26,33 @@ __all__ = ["RouterWatch", "answer_loss", "exact_answers", "example_batch"]
 
 
 def example_batch(
-    rng: np.random.Generator,
-    pool: Handwriting,
-    split: Split,
-    renderer: Renderer,
-    stage: Stage,
-    batch_size: int,
+    rng: np.random.Generator, pools: Pools, renderer: Renderer, stage: Stage, batch_size: int
 ) -> TrainingBatch:
-    """Examples of all families by their shares; pictures of digits on one canvas size a batch."""
-    canvas_px = digits.CANVASES_PX[int(rng.integers(len(digits.CANVASES_PX)))]
+    """Examples of all families by their shares; what is left over by rounding goes by lot."""
     names, shares = [n for n, _ in stage.shares], np.array([share for _, share in stage.shares])
-    counts = np.round(shares * batch_size).astype(int)
+    exact = shares / shares.sum() * batch_size
+    counts = exact.astype(int)
+    drawn = rng.choice(len(names), size=batch_size - counts.sum(), p=(exact - counts) / (exact - counts).sum())
+    counts += np.bincount(drawn, minlength=len(names))
     examples: list[Example] = []
     for name, count in zip(names, counts, strict=True):
         for _ in range(count):
             if name == "digits":
-                examples.append(digits.generate(rng, pool, canvas_px, min_spacing=stage.min_spacing))
-            elif name == "shapes":
-                examples.append(shapes.generate(rng, split))
+                examples.append(digits.generate(rng, pools.handwriting, min_spacing=stage.min_spacing))
             else:
-                examples.append(dialogue.generate(rng, split))
+                examples.append(FAMILIES[name](rng, pools))
     return collate([renderer.render(example, rng) for example in examples], pad_id=0)
 
 
 def answer_loss(model: Ernie, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of the supervised tokens, and which of them are predicted rightly."""
+    device = model.embed.weight.device
     patches = patches_tensor(batch)
-    features = None if patches is None else model.encode(patches, batch.grids)
-    hidden = model(model_batch(batch, model.config, features), BlockCache(batch.block_BL))
-    labels = torch.from_numpy(batch.labels_BL.reshape(-1))
+    features = None if patches is None else model.encode(patches.to(device), batch.grids)
+    if features is None:
+        features = torch.zeros(0, model.config.hidden_size, device=device)
+    hidden = model(model_batch(batch, model.config, features), BlockCache(batch, device))
+    labels = torch.from_numpy(batch.labels_BL.reshape(-1)).to(device)
     labels = labels[labels != IGNORE]
     logits = model.unembed(hidden)
     return F.cross_entropy(logits, labels), logits.argmax(-1) == labels
@@ -62,10 +62,12 @@ def exact_answers(batch: TrainingBatch, right: Tensor) -> dict[str, list[bool]]:
     """By kind: was every token predicted? Teacher-forced, that is the exact match of greedy decoding."""
     labels = batch.labels_BL
     verdict_BL = np.ones(labels.shape, dtype=bool)
-    verdict_BL[labels != IGNORE] = right.numpy()
+    verdict_BL[labels != IGNORE] = right.cpu().numpy()
     found: dict[str, list[bool]] = defaultdict(list)
-    for row, kinds in enumerate(batch.kinds):
+    for sample, kinds in enumerate(batch.kinds):
+        row = batch.places[sample].row
         for index, kind in enumerate(kinds, start=1):
             # A label stands on the token before, which for a block's first token is the block's own.
-            found[kind].append(bool(verdict_BL[row][batch.block_BL[row] == index].all()))
+            own = (batch.sample_BL[row] == sample) & (batch.block_BL[row] == index)
+            found[kind].append(bool(verdict_BL[row][own].all()))
     return found

@@ -3,42 +3,82 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
+from duomo.errors import TrainingError
 from duomo.model import BankConfig, ModelConfig, SpecialIds, VisionConfig
 from duomo.processing.tokenizer import Tokenizer
 
 
+Shares: TypeAlias = tuple[tuple[str, float], ...]
+
+FIRST: Shares = (("digits", 0.5), ("shapes", 0.35), ("text", 0.15))
+FIRST_CELLS: Shares = (("boards", 0.4), ("digits", 0.4), ("shapes", 0.2))
+ALL: Shares = (
+    ("digits", 0.16),
+    ("meters", 0.1),
+    ("charts", 0.14),
+    ("shapes", 0.06),
+    ("places", 0.1),
+    ("surface", 0.1),
+    ("nuclei", 0.08),
+    ("circuits", 0.1),
+    ("clips", 0.06),
+    ("text", 0.04),
+    ("instructions", 0.06),
+)
+ALL_CELLS: Shares = (
+    ("boards", 0.1),
+    ("digits", 0.15),
+    ("meters", 0.2),
+    ("charts", 0.2),
+    ("shapes", 0.03),
+    ("places", 0.07),
+    ("surface", 0.05),
+    ("nuclei", 0.05),
+    ("circuits", 0.15),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A number of steps at one peak rate; `tower_rate` scales it for the vision tower."""
+    """A number of steps at one peak rate; `tower_rate` scales it for the vision tower.
+
+    A dense stage trains the tower and the resampler on labelled cells, any other the whole model on questions.
+    """
 
     name: str
     num_steps: int
     batch_size: int
     rate: float
+    is_dense: bool = False
     tower_rate: float = 1.0
     warmup_steps: int = 100
     decay_from: float = 0.5  # share of the steps after which the rate falls linearly to a twentieth
     cell_weight: float = 0.0  # of the dense loss on a second batch of pictures, in a joint stage
     min_spacing: float = 0.72  # of a digit's size, between neighbours: at 0.72 some touch
-    shares: tuple[tuple[str, float], ...] = (("digits", 0.5), ("shapes", 0.35), ("text", 0.15))
+    shares: Shares = FIRST
+    cells: Shares = FIRST_CELLS
+    start: Shares = ()  # weights at the ends of these stages, averaged, are what this one starts from
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The embedded model `tiny`: dense vision first, then everything together."""
+    """The embedded model: three families first, then all of them, each time dense vision before questions.
+
+    `python -m duomo.train --from CHECKPOINT --stage eyes` enters at the second half with finished weights.
+    """
 
     name: str = "tiny"
     seed: int = 20261124
     stages: tuple[Stage, ...] = (
-        Stage("vision", num_steps=5000, batch_size=32, rate=2e-3, decay_from=0.7),
+        Stage("vision", num_steps=5000, batch_size=32, rate=2e-3, is_dense=True, decay_from=0.7),
         Stage("joint", num_steps=3200, batch_size=32, rate=1.5e-3, tower_rate=0.3),
         Stage(
             "reading",
             num_steps=800,
             batch_size=32,
             rate=1e-3,
-            tower_rate=1.0,
             decay_from=0.25,
             cell_weight=0.5,
             min_spacing=0.85,
@@ -49,22 +89,42 @@ class Recipe:
             num_steps=240,
             batch_size=32,
             rate=6e-4,
-            tower_rate=1.0,
             warmup_steps=20,
             decay_from=0.0,
             cell_weight=0.5,
             min_spacing=0.85,
             shares=(("digits", 0.8), ("shapes", 0.15), ("text", 0.05)),
         ),
+        Stage(
+            "eyes",
+            num_steps=2000,
+            batch_size=32,
+            rate=1.5e-3,
+            is_dense=True,
+            decay_from=0.6,
+            cells=ALL_CELLS,
+            start=(("joint", 0.15), ("reading", 0.25), ("finish", 0.6)),
+        ),
+        Stage(
+            "families",
+            num_steps=6000,
+            batch_size=32,
+            rate=1e-3,
+            decay_from=0.5,
+            cell_weight=0.5,
+            min_spacing=0.8,
+            shares=ALL,
+            cells=ALL_CELLS,
+        ),
     )
-    # Weights at the ends of these stages, averaged for the export; shares chosen on the dev split.
-    average: tuple[tuple[str, float], ...] = (("joint", 0.15), ("reading", 0.25), ("finish", 0.6))
+    export: Shares = (("families", 1.0),)  # weights at the ends of stages, averaged
+    bf16: bool = True  # products, where the processor multiplies bfloat16 (`train.precision`)
     weight_decay: float = 0.05
     clip: float = 1.0
     balance: float = 0.01
     router_z: float = 1e-4
     bias_update: float = 1e-3
-    checkpoint_seconds: float = 120.0
+    checkpoint_seconds: float = 60.0  # of the run's own process time
 
     def with_steps(self, *steps: int | None) -> Recipe:
         """Other lengths of the stages, in order; None keeps one."""
@@ -82,6 +142,30 @@ class Recipe:
             for stage in self.stages
         )
         return replace(self, stages=stages)
+
+
+MINI = dict(
+    name="mini",
+    hidden_size=256,
+    num_layers=8,
+    num_heads=8,
+    intermediate_size=768,
+    expert_layers=(False, *[True] * 7),
+    text_experts=BankConfig(16, 128),
+    vision_experts=BankConfig(16, 64),
+    num_chosen=4,
+    shared_size=256,
+    vision=VisionConfig(num_layers=6, hidden_size=192, intermediate_size=768, num_heads=6),
+)
+
+
+def config_of(size: str, tokenizer: Tokenizer) -> ModelConfig:
+    """`tiny`, which a CPU can train, or `mini` for a GPU. TrainingError for any other name."""
+    if size == "tiny":
+        return tiny_config(tokenizer)
+    if size == "mini":
+        return replace(tiny_config(tokenizer), **MINI)  # type: ignore[arg-type]
+    raise TrainingError(f"there is no size {size!r}; sizes are tiny and mini")
 
 
 def tiny_config(tokenizer: Tokenizer) -> ModelConfig:

@@ -7,18 +7,24 @@ compares the logits), at a fraction of the cost of encoding the picture again.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
+from duomo.processing.messages import Tool
 from duomo.processing.patches import patchify
 from duomo.processing.prompt import Grid
+from duomo.processing.template import tool_list
 from duomo.processing.tokenizer import Tokenizer
-from duomo.tasks.scene import Example, Turn
+from duomo.processing.video import stamp
+from duomo.tasks.scene import Example, Function, Pixels, Turn
 
 IGNORE = -100
+PLACE = re.compile(r"(<\|LOC_\w+\|>)")
 Array: TypeAlias = npt.NDArray[Any]
 
 
@@ -45,13 +51,16 @@ class Renderer:
         self.think, self.unthink = special("<think>"), special("</think>")
         self.patch = special("<|IMAGE_PLACEHOLDER|>")
         self.image = special("<|IMAGE_START|>"), special("<|IMAGE_END|>")
+        self.video = special("<|VIDEO_START|>"), special("<|VIDEO_END|>")
+        self.tools = special("<tool_list>"), special("</tool_list>")
+        self.call = special("<tool_call>"), special("</tool_call>")
         self.eos = special("</s>")
 
     def render(self, example: Example, rng: np.random.Generator) -> Sample:
         """Mostly blocks behind one picture; sometimes a conversation, or the question before the picture."""
         sample = Sample()
         if example.picture is not None:
-            patches, grid = patchify(example.picture)
+            patches, grid = patchify(stamped(example))
             sample.patches, sample.grid = patches, grid
         style = rng.random()
         if example.picture is not None and style < 0.2:
@@ -62,6 +71,7 @@ class Renderer:
             self._prefix(sample, [self.begin, "User: "])
             for turn in example.turns:
                 self._open(sample, turn.kind)
+                self._offer(sample, turn.functions)
                 self._turn(
                     sample, turn, turn.question if sample.grid is not None else "User: " + turn.question
                 )
@@ -71,10 +81,11 @@ class Renderer:
         if sample.grid is None:
             self._add(sample, head[:1])
             return
-        count = sample.grid.num_tokens
-        self._add(sample, [*head, "Picture 1:", self.image[0]])
+        count, is_video = sample.grid.num_tokens, sample.grid.frames > 1
+        start, end = self.video if is_video else self.image
+        self._add(sample, [*head, "Video 1:" if is_video else "Picture 1:", start])
         sample.media_start = len(sample.ids)
-        self._add(sample, [*[self.patch] * count, self.image[1]])
+        self._add(sample, [*[self.patch] * count, end])
 
     def _question_first(self, sample: Sample, turn: Turn) -> None:
         self._prefix(sample, [self.begin, "User: " + turn.question])
@@ -85,9 +96,12 @@ class Renderer:
         """The last turn after the others, which stand there as history does in use: answers alone."""
         self._prefix(sample, [self.begin, "User: "])
         self._open(sample, turns[-1].kind)
+        self._offer(sample, turns[-1].functions)
         opening = "" if sample.grid is not None else "User: "
         for turn in turns[:-1]:
-            self._add(sample, [f"{opening}{turn.question}\nAssistant: {turn.answer}", self.end])
+            self._add(
+                sample, [f"{opening}{turn.question}\nAssistant: ", *self._said(turn), self.end]
+            )
             opening = "User: "
         self._turn(sample, turns[-1], opening + turns[-1].question)
 
@@ -96,15 +110,28 @@ class Renderer:
 
     def _turn(self, sample: Sample, turn: Turn, question: str) -> None:
         asked: list[str | int] = [question + "\nAssistant: ", self.think]
+        said = self._said(turn)
         answer: list[str | int]
         if turn.reasoning is None:
             asked += ["\n\n", self.unthink, "\n\n"]
-            answer = [turn.answer, self.end]
+            answer = [*said, self.end]
         else:
-            answer = [f"\n{turn.reasoning}\n", self.unthink, f"\n{turn.answer}", self.end]
+            answer = [f"\n{turn.reasoning}\n", self.unthink, "\n", *said, self.end]
         # "\n\n" and the answer must stay two texts here: in use the answer begins a text of its own.
         self._add(sample, asked)
         self._add(sample, answer, is_answer=True)
+
+    def _said(self, turn: Turn) -> list[str | int]:
+        """The answer, with places and calls as control tokens."""
+        if turn.functions:
+            return [self.call[0], f"\n{turn.answer}\n", self.call[1], "\n"]
+        pieces = PLACE.split(turn.answer)
+        return [self.tokenizer.special_id(p) if PLACE.fullmatch(p) else p for p in pieces if p]
+
+    def _offer(self, sample: Sample, functions: tuple[Function, ...]) -> None:
+        """The tools stand right after the beginning, in the words of the chat template."""
+        if functions:
+            self._add(sample, ["\n", self.tools[0], tool_list(tools_of(functions)), self.tools[1], "\n"])
 
     def _add(self, sample: Sample, segments: list[str | int], is_answer: bool = False) -> None:
         ids = encode_segments(self.tokenizer, segments)
@@ -116,6 +143,22 @@ class Renderer:
             sample.labels += [IGNORE] * len(ids)
         sample.ids += ids
         sample.block += [len(sample.kinds)] * len(ids)
+
+
+def tools_of(functions: tuple[Function, ...]) -> list[Tool]:
+    """As a request declares them: every parameter is a string or a number."""
+    return [
+        Tool(f.name, "", {"type": "object", "properties": {p: {} for p in f.parameters}}) for f in functions
+    ]
+
+
+def stamped(example: Example) -> Pixels:
+    """The picture, or a video's frames with their times on them, as `processing.video` writes them."""
+    assert example.picture is not None
+    if not example.times:
+        return example.picture
+    frames = zip(example.picture, example.times, strict=True)
+    return np.stack([np.asarray(stamp(Image.fromarray(frame), seconds)) for frame, seconds in frames])
 
 
 def encode_segments(tokenizer: Tokenizer, segments: list[str | int]) -> list[int]:

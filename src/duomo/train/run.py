@@ -25,11 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from duomo.errors import TrainingError
 from duomo.model import Ernie
 from duomo.processing.tokenizer import Tokenizer
-from duomo.tasks import Handwriting, Split, load_handwriting
+from duomo.tasks.pools import load_pools
 from duomo.train import joint_stage, losses, vision_stage
-from duomo.train.recipe import Recipe, Stage, tiny_config
+from duomo.train.precision import fast_products
+from duomo.train.recipe import Recipe, Shares, Stage, config_of
 from duomo.train.render import Renderer
 
 DEV_BATCHES = 6
@@ -37,25 +39,60 @@ HEAD_SEED = 67280421310721  # what torch starts from when nobody seeds it
 AHEAD = 4  # batches made ahead of the step that takes them
 
 
-def train(recipe: Recipe, folder: Path, cache_folder: Path, say: Callable[[str], None] = print) -> Ernie:
-    """Runs or resumes the recipe in `folder`, whose `tokenizer.json` must be there. Returns the model."""
+def train(
+    recipe: Recipe,
+    folder: Path,
+    cache_folder: Path,
+    say: Callable[[str], None] = print,
+    start: tuple[str, dict[str, Tensor]] | None = None,
+    device: str = "cpu",
+) -> Ernie:
+    """Runs or resumes the recipe in `folder`, whose `tokenizer.json` must be there. Returns the model.
+
+    `start` names the stage that a new run begins with, and the weights it begins from.
+    """
     tokenizer = Tokenizer.load(folder)
-    model = build_model(tokenizer, recipe.seed)
-    head = build_head(model)
+    model = build_model(tokenizer, recipe.seed, recipe.name)
+    head = build_head(model).to(device)
     state = RunState(folder, recipe)
+    if start is not None and state.is_new:
+        state.stage_index = stage_index(recipe, start[0])
+        model.load_state_dict(start[1])
+    model.to(device)
     for index, stage in enumerate(recipe.stages):
         if state.stage_index > index:
             continue
         optimizer = build_optimizer(model, head, stage, recipe)
         state.restore(index, model, head, optimizer)
+        if stage.start and state.step == 0 and (start is None or start[0] != stage.name):
+            model.load_state_dict(averaged(folder, stage.start))
         _run_stage(stage, recipe, model, head, optimizer, state, folder, cache_folder, say)
         state.finish_stage(index, model, head)
     return model
 
 
-def build_model(tokenizer: Tokenizer, seed: int) -> Ernie:
+def stage_index(recipe: Recipe, name: str) -> int:
+    names = [stage.name for stage in recipe.stages]
+    if name not in names:
+        raise TrainingError(f"the recipe has no stage {name!r}; it has {', '.join(names)}")
+    return names.index(name)
+
+
+def averaged(folder: Path, shares: Shares) -> dict[str, Tensor]:
+    """The mean of a run's weights at the ends of stages, by share. TrainingError if a stage is missing."""
+    total: dict[str, Tensor] = {}
+    for stage, share in shares:
+        path = folder / f"{stage}.pt"
+        if not path.is_file():
+            raise TrainingError(f"{folder} has no {path.name}; the stage {stage!r} of the run must be finished")
+        for name, tensor in torch.load(path, weights_only=True, map_location="cpu").items():
+            total[name] = total[name] + share * tensor if name in total else share * tensor
+    return total
+
+
+def build_model(tokenizer: Tokenizer, seed: int, size: str = "tiny") -> Ernie:
     """Normals scaled to each matrix's inputs, so that a shallow and narrow model learns at once."""
-    model = Ernie(tiny_config(tokenizer))
+    model = Ernie(config_of(size, tokenizer))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -81,9 +118,9 @@ def build_optimizer(model: Ernie, head: nn.Module, stage: Stage, recipe: Recipe)
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     named = dict(model.named_parameters())
     # The head of the dense stage stays in every optimizer that has a dense loss.
-    if stage.name == "vision":
+    if stage.is_dense:
         named = {n: p for n, p in named.items() if n.startswith(("vision_tower.", "resampler."))}
-    if stage.name == "vision" or stage.cell_weight:
+    if stage.is_dense or stage.cell_weight:
         named |= {f"head.{n}": p for n, p in head.named_parameters()}
     for name, parameter in named.items():
         if not parameter.requires_grad:
@@ -126,21 +163,15 @@ def _run_stage(
     for step, batch in source.batches(state.step):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(stage, step) * group["rate_scale"]
-        if stage.name == "vision":
-            loss, score = vision_stage.cell_loss(model, head, batch)
-        else:
-            questions, cells = batch
-            loss, right = joint_stage.answer_loss(model, questions)
-            score = float(right.float().mean())
-            if cells is not None:
-                loss = loss + stage.cell_weight * vision_stage.cell_loss(model, head, cells)[0]
-        seen = watch.take()
-        total: Tensor = loss
-        for router, routing in seen:
-            total = total + recipe.balance * losses.balance_loss(router, routing)
-            total = total + recipe.router_z * losses.router_z_loss(routing)
         optimizer.zero_grad()
-        total.backward()
+        with fast_products(recipe.bf16, model.embed.weight.device):
+            loss, score = _losses(stage, model, head, batch)
+            seen = watch.take()
+            total: Tensor = loss
+            for router, routing in seen:
+                total = total + recipe.balance * losses.balance_loss(router, routing)
+                total = total + recipe.router_z * losses.router_z_loss(routing)
+            total.backward()
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip)
         optimizer.step()
         losses.update_bias(seen, recipe.bias_update)
@@ -148,7 +179,7 @@ def _run_stage(
         meter.note(float(loss.detach()), score)
         if state.step % 20 == 0:
             say(meter.line(state))
-        if state.step % 500 == 0 and stage.name != "vision":
+        if state.step % 500 == 0 and not stage.is_dense:
             say("  dev: " + dev_line(model, stage, recipe, folder, cache_folder))
             watch.take()
         state.save_if_due(model, head, optimizer)
@@ -156,15 +187,26 @@ def _run_stage(
         handle.remove()
 
 
+def _losses(stage: Stage, model: Ernie, head: vision_stage.CellHead, batch: Any) -> tuple[Tensor, float]:
+    """Of one batch: the dense loss, or that of the answers with the dense one beside it; and what was right."""
+    if stage.is_dense:
+        return vision_stage.cell_loss(model, head, batch)
+    questions, cells = batch
+    loss, right = joint_stage.answer_loss(model, questions)
+    if cells is not None:
+        loss = loss + stage.cell_weight * vision_stage.cell_loss(model, head, cells)[0]
+    return loss, float(right.float().mean())
+
+
 @torch.no_grad()
 def dev_line(model: Ernie, stage: Stage, recipe: Recipe, folder: Path, cache_folder: Path) -> str:
     """Exact answers by kind on development data, the same at every call."""
     renderer = Renderer(Tokenizer.load(folder))
-    pool = load_pool(cache_folder, "dev")
+    pools = load_pools(cache_folder, "dev")
     found: dict[str, list[bool]] = defaultdict(list)
     for index in range(DEV_BATCHES):
         rng = np.random.default_rng([recipe.seed, 999, index])
-        batch = joint_stage.example_batch(rng, pool, "dev", renderer, stage, 64)
+        batch = joint_stage.example_batch(rng, pools, renderer, stage, 64)
         _, right = joint_stage.answer_loss(model, batch)
         for kind, verdicts in joint_stage.exact_answers(batch, right).items():
             found[kind] += verdicts
@@ -201,9 +243,10 @@ class RunState:
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         self.path, self.recipe = folder / "state.pt", recipe
         self.stage_index, self.step, self.spent_seconds = 0, 0, 0.0
-        self.saved_at = time.monotonic()
+        self.saved_at = time.process_time()
+        self.is_new = not self.path.is_file()
         self._loaded: dict[str, Any] | None = None
-        if self.path.is_file():
+        if not self.is_new:
             self._loaded = torch.load(self.path, weights_only=True)
             self.stage_index, self.step = self._loaded["stage_index"], self._loaded["step"]
             self.spent_seconds = self._loaded["cpu_seconds"]
@@ -225,7 +268,7 @@ class RunState:
         return (self.spent_seconds + used) / 60
 
     def save_if_due(self, model: Ernie, head: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        if time.monotonic() - self.saved_at >= self.recipe.checkpoint_seconds:
+        if time.process_time() - self.saved_at >= self.recipe.checkpoint_seconds:
             self._save(model, head, optimizer.state_dict())
 
     def finish_stage(self, stage_index: int, model: Ernie, head: nn.Module) -> None:
@@ -246,7 +289,7 @@ class RunState:
         partial = self.path.with_suffix(".partial")
         torch.save(fields, partial)
         os.replace(partial, self.path)
-        self.saved_at = time.monotonic()
+        self.saved_at = time.process_time()
 
 
 class BatchSource:
@@ -268,19 +311,12 @@ class BatchSource:
 def make_batch(recipe: Recipe, stage: Stage, folder: str, cache_folder: str, step: int) -> Any:
     """The batch of one step: the same whenever and wherever it is made."""
     rng = np.random.default_rng([recipe.seed, recipe.stages.index(stage), step])
-    pool = load_pool(Path(cache_folder), "train")
-    if stage.name == "vision":
-        return vision_stage.cell_batch(rng, pool, stage.batch_size, step / stage.num_steps)
-    renderer = _renderer(folder)
-    questions = joint_stage.example_batch(rng, pool, "train", renderer, stage, stage.batch_size)
-    if not stage.cell_weight:
-        return questions, None
-    return questions, vision_stage.cell_batch(rng, pool, stage.batch_size, 1.0, stage.min_spacing)
-
-
-@cache
-def load_pool(cache_folder: Path, split: Split) -> Handwriting:
-    return load_handwriting(cache_folder, split)
+    pools = load_pools(Path(cache_folder), "train")
+    if stage.is_dense:
+        return vision_stage.cell_batch(rng, pools, stage, step / stage.num_steps)
+    questions = joint_stage.example_batch(rng, pools, _renderer(folder), stage, stage.batch_size)
+    cells = vision_stage.cell_batch(rng, pools, stage, 1.0) if stage.cell_weight else None
+    return questions, cells
 
 
 @cache

@@ -1,8 +1,8 @@
 """The dense vision stage: tower and resampler learn what lies in each cell, before any language.
 
-Half of the pictures are boards full of digits, harder as the stage goes on; the rest are the scenes of the
-tasks. A throw-away head on the resampler's output names kind and colour of what is centred in each 28-pixel
-cell. Reading digits is the bottleneck of the whole model, and this is its cheapest supervision.
+Some of the pictures are boards full of digits, harder as the stage goes on; the rest are the pictures of the
+tasks. A throw-away head on the resampler's output names what is centred in each 28-pixel cell and its colour.
+Reading is the bottleneck of the whole model, and this is its cheapest supervision.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ from torch.nn import functional as F
 from duomo.model import Ernie
 from duomo.processing.patches import FACTOR_PX, normalize, patchify
 from duomo.processing.prompt import Grid
-from duomo.tasks import Handwriting, digits, shapes
+from duomo.tasks import Handwriting, digits
+from duomo.tasks.families import COLOURS, FAMILIES, LABELS
+from duomo.tasks.pools import Pools
+from duomo.tasks.scene import Mark, Pixels
+from duomo.train.recipe import Stage
 
-NUM_KINDS = 1 + 10 + len(shapes.KINDS)
-NUM_COLOURS = 1 + len(shapes.COLOURS)
+# Place 0 is "nothing here".
+LABEL_INDEX = {label: index for index, label in enumerate(LABELS, start=1)}
+COLOUR_INDEX = {"": 0, **{colour: index for index, colour in enumerate(COLOURS, start=1)}}
 
 Array: TypeAlias = npt.NDArray[Any]
-Labelled: TypeAlias = tuple[Array, Array, Array]  # picture, kind and colour of every cell
 
 
 class CellHead(nn.Module):
@@ -33,8 +37,8 @@ class CellHead(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.kind = nn.Linear(hidden_size, NUM_KINDS)
-        self.colour = nn.Linear(hidden_size, NUM_COLOURS)
+        self.kind = nn.Linear(hidden_size, 1 + len(LABELS))
+        self.colour = nn.Linear(hidden_size, 1 + len(COLOURS))
 
 
 @dataclass(slots=True)
@@ -46,43 +50,52 @@ class CellBatch:
 
 
 def cell_batch(
-    rng: np.random.Generator, pool: Handwriting, batch_size: int, progress: float, min_spacing: float = 0.72
+    rng: np.random.Generator, pools: Pools, stage: Stage, progress: float
 ) -> CellBatch:
     """Pictures with a label for every cell; `progress` 0..1 makes the boards harder."""
-    patches, grids, kinds, colours = [], [], [], []
     hardness = min(1.0, max(0.0, (progress - 0.05) / 0.4))
-    canvas_px = digits.CANVASES_PX[int(rng.integers(len(digits.CANVASES_PX)))]
-    for index in range(batch_size):
-        choice = index % 10
-        if choice < 4:
-            picture, kind, colour = _board(rng, pool, hardness)
-        elif choice < 8:
-            picture, kind, colour = _line(rng, pool, canvas_px, min_spacing)
-        else:
-            picture, kind, colour = _scene(rng)
+    names, shares = zip(*stage.cells, strict=True)
+    chosen = rng.choice(len(names), size=stage.batch_size, p=np.array(shares) / sum(shares))
+    drawn = [_drawn(rng, pools, names[i], hardness, stage.min_spacing) for i in chosen]
+    # Equal grids side by side, so that the tower computes them as one batch.
+    drawn.sort(key=lambda pair: pair[0].shape)
+    patches, grids, kinds, colours = [], [], [], []
+    for picture, marks in drawn:
         rows, grid = patchify(picture)
         patches.append(rows)
         grids.append(grid)
+        kind, colour = cell_labels(picture, marks)
         kinds.append(kind.reshape(-1))
         colours.append(colour.reshape(-1))
-    # Equal grids side by side, so that the tower computes them as one batch.
-    order = sorted(range(batch_size), key=lambda i: grids[i])
-    return CellBatch(
-        np.concatenate([patches[i] for i in order]),
-        [grids[i] for i in order],
-        np.concatenate([kinds[i] for i in order]),
-        np.concatenate([colours[i] for i in order]),
-    )
+    return CellBatch(np.concatenate(patches), grids, np.concatenate(kinds), np.concatenate(colours))
 
 
-def _empty(height: int, width: int) -> tuple[Array, Array]:
-    shape = (height // FACTOR_PX, width // FACTOR_PX)
-    return np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+def _drawn(
+    rng: np.random.Generator, pools: Pools, name: str, hardness: float, min_spacing: float
+) -> tuple[Pixels, tuple[Mark, ...]]:
+    if name == "boards":
+        return _board(rng, pools.handwriting, hardness)
+    while True:
+        if name == "digits":
+            example = digits.generate(rng, pools.handwriting, num_turns=1, min_spacing=min_spacing)
+        else:
+            example = FAMILIES[name](rng, pools)
+        if example.picture is not None and example.marks:  # some pictures (real slides) have no labelled cell
+            return example.picture, example.marks
 
 
-def _board(rng: np.random.Generator, pool: Handwriting, hardness: float) -> Labelled:
-    kind, colour = _empty(112, 112)
-    ink = np.zeros((112, 112), dtype=np.float32)
+def cell_labels(picture: Pixels, marks: tuple[Mark, ...]) -> tuple[Array, Array]:
+    """Label and colour of every cell [rows, columns]; 0 where nothing is centred."""
+    kind = np.zeros((picture.shape[0] // FACTOR_PX, picture.shape[1] // FACTOR_PX), dtype=np.int64)
+    colour = np.zeros_like(kind)
+    for mark in marks:
+        place = int(mark.row) // FACTOR_PX, int(mark.column) // FACTOR_PX
+        kind[place], colour[place] = LABEL_INDEX[mark.label], COLOUR_INDEX[mark.colour]
+    return kind, colour
+
+
+def _board(rng: np.random.Generator, pool: Handwriting, hardness: float) -> tuple[Pixels, tuple[Mark, ...]]:
+    ink, marks = np.zeros((112, 112), dtype=np.float32), []
     density = 1 - 0.5 * hardness * rng.random()
     for row, column in np.ndindex(4, 4):
         if rng.random() > density:
@@ -91,35 +104,15 @@ def _board(rng: np.random.Generator, pool: Handwriting, hardness: float) -> Labe
         y, x = (28 * place + 14 + rng.uniform(-8, 8) * hardness for place in (row, column))
         size = 28 + rng.uniform(-5, 6) * hardness
         np.maximum(ink, digits.warp(rng, pool.draw(rng, digit), y, x, size, (112, 112), hardness), out=ink)
-        kind[int(y) // FACTOR_PX, int(x) // FACTOR_PX] = 1 + digit
-    return digits.colour(rng, ink), kind, colour
-
-
-def _line(
-    rng: np.random.Generator, pool: Handwriting, canvas_px: tuple[int, int], min_spacing: float
-) -> Labelled:
-    picture, placed = digits.draw_line(rng, pool, digits.draw_number(rng), canvas_px, min_spacing)
-    kind, colour = _empty(*canvas_px)
-    for digit, row, column in placed:
-        kind[int(row) // FACTOR_PX, int(column) // FACTOR_PX] = 1 + digit
-    return picture, kind, colour
-
-
-def _scene(rng: np.random.Generator) -> Labelled:
-    drawn = shapes.draw_scene(rng)
-    kind, colour = _empty(112, 112)
-    names = list(shapes.COLOURS)
-    for shape in drawn:
-        place = divmod(shape.cell, 4)
-        kind[place] = 11 + shapes.KINDS.index(shape.kind)
-        colour[place] = 1 + names.index(shape.colour)
-    return shapes.draw(rng, drawn), kind, colour
+        marks.append(Mark(f"digit {digit}", y, x))
+    return digits.colour(rng, ink), tuple(marks)
 
 
 def cell_loss(model: Ernie, head: CellHead, batch: CellBatch) -> tuple[Tensor, float]:
     """Cross-entropy of kinds and colours, and the share of occupied cells named rightly."""
-    features_RD = model.encode(torch.from_numpy(normalize(batch.patches_PX)), batch.grids)
-    kinds_R, colours_R = torch.from_numpy(batch.kinds_R), torch.from_numpy(batch.colours_R)
+    device = model.embed.weight.device
+    features_RD = model.encode(torch.from_numpy(normalize(batch.patches_PX)).to(device), batch.grids)
+    kinds_R, colours_R = (torch.from_numpy(x).to(device) for x in (batch.kinds_R, batch.colours_R))
     kind_logits, colour_logits = head.kind(features_RD), head.colour(features_RD)
     loss = F.cross_entropy(kind_logits, kinds_R) + 0.5 * F.cross_entropy(colour_logits, colours_R)
     occupied = kinds_R > 0
