@@ -66,7 +66,10 @@ def test_samples_of_one_row_change_nothing(tokenizer: Tokenizer, example: Exampl
     """Each of six samples, packed two or three to a row, has the logits that it has alone."""
     model, renderer = build_model(tokenizer, 3).eval(), Renderer(tokenizer)
     rng = np.random.default_rng(8)
-    examples = [example, *(FAMILIES[name](rng, pools) for name in ("text", "clips", "text", "surface", "text"))]
+    examples = [
+        example,
+        *(FAMILIES[name](rng, pools) for name in ("text", "clips", "text", "surface", "text")),
+    ]
     samples = [blocks_of(renderer, one) for one in examples]
     packed = collate(samples, pad_id=0)
     assert packed.ids_BL.shape[0] < len(samples)
@@ -170,10 +173,12 @@ def test_videos_places_and_tool_calls_are_rendered_as_in_serving(tokenizer: Toke
     assert found.grid is not None and found.grid.frames == len(clip.times)
     assert found.ids.count(tokenizer.special_id("<|IMAGE_PLACEHOLDER|>")) == found.grid.num_tokens
     assert tokenizer.special_id("<|VIDEO_START|>") in found.ids
-    boxed = [t for t in places.generate(rng, pools).turns if t.kind == "places/box"][0]
+    boxed = next(t for t in places.generate(rng, pools).turns if t.kind == "places/box")
     labels = [x for x in blocks_of(renderer, Example((boxed,), "")).labels if x != IGNORE]
     assert tokenizer.decode(labels[:-1]) == boxed.answer and len(labels) == 7
-    calls = [e.turns[0] for e in (FAMILIES["instructions"](rng, pools) for _ in range(40)) if e.turns[0].functions]
+    calls = [
+        e.turns[0] for e in (FAMILIES["instructions"](rng, pools) for _ in range(40)) if e.turns[0].functions
+    ]
     for turn in calls:
         sample = blocks_of(renderer, Example((turn,), ""))
         fields = json.loads(turn.answer)

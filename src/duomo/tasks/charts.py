@@ -92,7 +92,9 @@ def _values(rng: np.random.Generator, focus: str, count: int) -> tuple[list[int]
         values[a], values[b] = (low, low + difference) if rng.random() < 0.5 else (low + difference, low)
     elif focus == "growth":
         growth = GROWTHS[int(rng.integers(len(GROWTHS)))]
-        bases = [v for v in range(1, HIGHEST + 1) if v * growth % 100 == 0 and v * (100 + growth) <= 100 * HIGHEST]
+        bases = [
+            v for v in range(1, HIGHEST + 1) if v * growth % 100 == 0 and v * (100 + growth) <= 100 * HIGHEST
+        ]
         values[a] = bases[int(rng.integers(len(bases)))]
         values[b] = values[a] * (100 + growth) // 100
     else:

@@ -138,7 +138,7 @@ def draw(rng: np.random.Generator, circuit: Circuit, name: str) -> tuple[Pixels,
             canvas.text(x, y - 12, f"R{number} {value}", name, size, ink)
             marks.append(Mark(f"ohms {value}", y - 12, x))
         for side, end_x in ((start, start + 4), (end - 4, end)):
-            if (joins_left if side == start else joins_right):
+            if joins_left if side == start else joins_right:
                 canvas.line([(side, middle), (end_x, middle)], ink)
     if is_bridge:
         x = width / 2
@@ -152,7 +152,9 @@ def draw(rng: np.random.Generator, circuit: Circuit, name: str) -> tuple[Pixels,
     return noisy(rng, canvas.pixels(), 3.0), tuple(marks)
 
 
-def _resistor(canvas: Canvas, x: float, y: float, reach: float, is_zigzag: bool, ink: tuple[int, ...]) -> None:
+def _resistor(
+    canvas: Canvas, x: float, y: float, reach: float, is_zigzag: bool, ink: tuple[int, ...]
+) -> None:
     if not is_zigzag:
         canvas.box(x - reach, y - 4, x + reach, y + 4, None, ink)
         return

@@ -33,11 +33,7 @@ FASTER = {
 
 
 def generate(rng: np.random.Generator, pools: Pools) -> Example:
-    make = (_direction, _event, _faster)[int(rng.integers(3))]
-    while True:
-        example = make(rng, pools)
-        if split_of(example.scene) == pools.split:
-            return example
+    return (_direction, _event, _faster)[int(rng.integers(3))](rng, pools)
 
 
 def _sprite(rng: np.random.Generator, pools: Pools, size: int) -> Pixels:
@@ -77,9 +73,13 @@ def _count(rng: np.random.Generator, pools: Pools) -> int:
 
 
 def _direction(rng: np.random.Generator, pools: Pools) -> Example:
-    way, count = int(rng.integers(4)), _count(rng, pools)
+    while True:
+        way, count = int(rng.integers(4)), _count(rng, pools)
+        reach, lane = int(rng.integers(36, 66)), int(rng.integers(40, 82))
+        scene = f"clip direction {way} {count} {reach} {lane}"
+        if split_of(scene) == pools.split:
+            break
     frames, times = _frames(rng, count)
-    reach, lane = int(rng.integers(36, 66)), int(rng.integers(40, 82))
     sprite, ink = _sprite(rng, pools, int(rng.integers(28, 38))), _ink(rng)
     path = []
     for index, frame in enumerate(frames):
@@ -87,7 +87,6 @@ def _direction(rng: np.random.Generator, pools: Pools) -> Example:
         row, column = (58 + along * step if step else lane for step in STEPS[way])
         _paste(frame, sprite, row, column, ink)
         path.append((row, column))
-    scene = f"clip direction {way} {count} {reach} {lane}"
     turns = []
     for thinks in (False, True):
         language = any_language(rng)
@@ -104,16 +103,18 @@ def _path_aloud(path: list[tuple[float, float]], language: Language) -> str:
 
 
 def _event(rng: np.random.Generator, pools: Pools) -> Example:
-    count = _count(rng, pools)
-    first = int(rng.integers(1, count))  # uniform: the answer
+    while True:
+        count, start = _count(rng, pools), STEP_S * int(rng.integers(0, 20))
+        first = int(rng.integers(1, count))  # uniform: the answer
+        row, column = (int(v) for v in rng.integers(36, 92, size=2))
+        scene = f"clip event {first} of {count} from {start} at {row} {column}"
+        if split_of(scene) == pools.split:
+            break
     frames, times = _frames(rng, count)
-    start = STEP_S * int(rng.integers(0, 20))
     times = tuple(start + t for t in times)
     sprite, ink = _sprite(rng, pools, int(rng.integers(30, 46))), _ink(rng)
-    row, column = (int(v) for v in rng.integers(36, 92, size=2))
     for frame in frames[first:]:
         _paste(frame, sprite, row, column, ink)
-    scene = f"clip event {first} of {count} from {start} at {row} {column}"
     turns = []
     for thinks in (False, True):
         language = any_language(rng)
@@ -127,19 +128,23 @@ def _event(rng: np.random.Generator, pools: Pools) -> Example:
 
 
 def _faster(rng: np.random.Generator, pools: Pools) -> Example:
-    lower_is_faster, count = bool(rng.random() < 0.5), _count(rng, pools)
-    slow = int(rng.integers(10, 26))
-    fast = slow + int(rng.integers(26, 40))
+    while True:
+        lower_is_faster, count = bool(rng.random() < 0.5), _count(rng, pools)
+        slow = int(rng.integers(10, 26))
+        fast = slow + int(rng.integers(26, 40))
+        reaches = (slow, fast) if lower_is_faster else (fast, slow)
+        signs = [1 if rng.random() < 0.5 else -1 for _ in range(2)]
+        scene = f"clip faster {reaches} {signs} {count}"
+        if split_of(scene) == pools.split:
+            break
     frames, times = _frames(rng, count)
-    reaches = (slow, fast) if lower_is_faster else (fast, slow)
     lanes = (40, 86)
     sprites = [_sprite(rng, pools, int(rng.integers(26, 34))) for _ in range(2)]
-    inks, signs = [_ink(rng) for _ in range(2)], [1 if rng.random() < 0.5 else -1 for _ in range(2)]
+    inks = [_ink(rng) for _ in range(2)]
     for index, frame in enumerate(frames):
         for lane, sprite, ink, reach, sign in zip(lanes, sprites, inks, reaches, signs, strict=True):
             along = (index / (count - 1) - 0.5) * reach * sign
             _paste(frame, sprite, lane, 56 + along, ink)
-    scene = f"clip faster {reaches} {signs} {count}"
     language = any_language(rng)
     answer = LANES[language][lower_is_faster]
     return Example(

@@ -14,11 +14,11 @@ from duomo.tasks import charts, circuits, clips, meters, nuclei, places, surface
 from duomo.tasks.dialogue import NO_PICTURE
 from duomo.tasks.scene import Example, Function, Split, Turn, any_language, pick, split_of
 
-ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-    " seventeen eighteen nineteen"
-).split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+ONES = [
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"),
+    *("twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+]
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 DIGITS_ZH = "零一二三四五六七八九"
 IN_WORDS = {
     "en": ("Write {n} in words.", "Spell the number {n}."),
@@ -29,11 +29,14 @@ IN_DIGITS = {
     "zh": ("用数字写出{w}。", "{w}是哪个数字？"),
 }
 AS_JSON = {
-    "en": ("Give the sum and the difference of {a} and {b} as JSON.", "JSON with sum and difference of {a} and {b}."),
+    "en": (
+        "Give the sum and the difference of {a} and {b} as JSON.",
+        "JSON with sum and difference of {a} and {b}.",
+    ),
     "zh": ("用JSON给出{a}和{b}的和与差。", "以JSON输出{a}与{b}的和与差。"),
 }
 FIELDS = {
-    "en": ('As JSON with name and age: {name} is {n} years old.', "Write as JSON: {name}, {n} years old."),
+    "en": ("As JSON with name and age: {name} is {n} years old.", "Write as JSON: {name}, {n} years old."),
     "zh": ("用JSON写出姓名和年龄：{name}今年{n}岁。", "写成JSON：{name}，{n}岁。"),
 }
 PEOPLE = {

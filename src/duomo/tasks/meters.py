@@ -58,9 +58,7 @@ def _label(rng: np.random.Generator, pools: Pools) -> Example:
         x = left + pitch * index
         canvas.text(x, y, letter, name, size, ink)
         marks.append(Mark(f"letter {letter}", y, x))
-    turns = tuple(
-        Turn(pick(rng, TEXT[any_language(rng)]), code, kind="meters/read text") for _ in range(2)
-    )
+    turns = tuple(Turn(pick(rng, TEXT[any_language(rng)]), code, kind="meters/read text") for _ in range(2))
     return Example(turns, f"label {code}", noisy(rng, canvas.pixels()), tuple(marks))
 
 

@@ -131,9 +131,7 @@ def _name(rng: np.random.Generator, shape: shapes.Shape) -> Turn:
     return Turn(asked, named(shape, language), kind="places/name unseen pair" if unseen else "places/name")
 
 
-def _box(
-    rng: np.random.Generator, shape: shapes.Shape, box: tuple[float, float, float, float]
-) -> Turn:
+def _box(rng: np.random.Generator, shape: shapes.Shape, box: tuple[float, float, float, float]) -> Turn:
     language = any_language(rng)
     asked = pick(rng, BOX[language]).format(s=named(shape, language))
     return Turn(asked, located(box), kind="places/box")

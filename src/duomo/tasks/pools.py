@@ -42,7 +42,7 @@ TEXTURES = ("brick", "gravel", "grass")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pools:
-    """Of one split. `products` [n, 28, 28]; `textures` grey [512, w]; `slide` RGB [512, w] with its stains."""
+    """Of one split. `products` [n, 28, 28]; `textures` grey [512, w]; `slide` RGB with its stains."""
 
     split: Split
     handwriting: Handwriting

@@ -19,7 +19,7 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 
 class Mark(NamedTuple):
-    """What lies at a pixel of the picture: the dense stage's supervision. `colour` only where one is named."""
+    """What lies at a pixel of the picture: dense supervision. `colour` only where one is named."""
 
     label: str
     row: float

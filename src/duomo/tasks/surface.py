@@ -33,7 +33,10 @@ KIND = {
     "zh": ("这个零件有什么缺陷？", "这里有什么问题？", "说出缺陷的种类。"),
 }
 VERDICT = {
-    "en": ("OK or NG? At most {n} pores are allowed, no other defect.", "Pass? Up to {n} pores may be there."),
+    "en": (
+        "OK or NG? At most {n} pores are allowed, no other defect.",
+        "Pass? Up to {n} pores may be there.",
+    ),
     "zh": ("合格吗？最多允许{n}个气孔，不允许其他缺陷。", "OK还是NG？气孔不得超过{n}个。"),
 }
 WHERE = {
@@ -185,9 +188,8 @@ def _defect(
     elif kind == "spatter":
         y = middle + (half + 10) * (1 if rng.random() < 0.5 else -1)
         for _ in range(int(rng.integers(4, 7))):
-            canvas.ellipse(
-                x + rng.uniform(-7, 7), y + rng.uniform(-7, 7), *[rng.uniform(1.3, 2.4)] * 2, (250, 240, 215)
-            )
+            radius, (dx, dy) = rng.uniform(1.3, 2.4), rng.uniform(-7, 7, size=2)
+            canvas.ellipse(x + dx, y + dy, radius, radius, (250, 240, 215))
     else:
         part = Image.fromarray(pools.products[int(rng.integers(len(pools.products)))])
         size = 28 * SCALE

@@ -20,7 +20,6 @@ from duomo.processing.patches import normalize
 from duomo.processing.prompt import Grid, MediaSpan
 from duomo.train.render import IGNORE, Array, Sample
 
-
 ROW_TOKENS = 192  # of a packed row, unless a sample is longer
 
 

@@ -32,7 +32,9 @@ def example_batch(
     names, shares = [n for n, _ in stage.shares], np.array([share for _, share in stage.shares])
     exact = shares / shares.sum() * batch_size
     counts = exact.astype(int)
-    drawn = rng.choice(len(names), size=batch_size - counts.sum(), p=(exact - counts) / (exact - counts).sum())
+    drawn = rng.choice(
+        len(names), size=batch_size - counts.sum(), p=(exact - counts) / (exact - counts).sum()
+    )
     counts += np.bincount(drawn, minlength=len(names))
     examples: list[Example] = []
     for name, count in zip(names, counts, strict=True):

@@ -47,7 +47,7 @@ class Bf16Products(TorchFunctionMode):
     ) -> Any:
         if func is F.linear and torch.is_grad_enabled() and not kwargs and _is_wide(args[1]):
             bias = args[2] if len(args) > 2 else None
-            product = _Product.apply(args[0], args[1])
+            product = _Product.apply(args[0], args[1])  # type: ignore[no-untyped-call]
             return product if bias is None else product + bias
         return func(*args, **(kwargs or {}))
 

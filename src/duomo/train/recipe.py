@@ -9,7 +9,6 @@ from duomo.errors import TrainingError
 from duomo.model import BankConfig, ModelConfig, SpecialIds, VisionConfig
 from duomo.processing.tokenizer import Tokenizer
 
-
 Shares: TypeAlias = tuple[tuple[str, float], ...]
 
 FIRST: Shares = (("digits", 0.5), ("shapes", 0.35), ("text", 0.15))
@@ -44,7 +43,7 @@ ALL_CELLS: Shares = (
 class Stage:
     """A number of steps at one peak rate; `tower_rate` scales it for the vision tower.
 
-    A dense stage trains the tower and the resampler on labelled cells, any other the whole model on questions.
+    A dense stage trains tower and resampler on labelled cells, any other the whole model on questions.
     """
 
     name: str
@@ -144,28 +143,27 @@ class Recipe:
         return replace(self, stages=stages)
 
 
-MINI = dict(
-    name="mini",
-    hidden_size=256,
-    num_layers=8,
-    num_heads=8,
-    intermediate_size=768,
-    expert_layers=(False, *[True] * 7),
-    text_experts=BankConfig(16, 128),
-    vision_experts=BankConfig(16, 64),
-    num_chosen=4,
-    shared_size=256,
-    vision=VisionConfig(num_layers=6, hidden_size=192, intermediate_size=768, num_heads=6),
-)
-
-
 def config_of(size: str, tokenizer: Tokenizer) -> ModelConfig:
     """`tiny`, which a CPU can train, or `mini` for a GPU. TrainingError for any other name."""
+    tiny = tiny_config(tokenizer)
     if size == "tiny":
-        return tiny_config(tokenizer)
-    if size == "mini":
-        return replace(tiny_config(tokenizer), **MINI)  # type: ignore[arg-type]
-    raise TrainingError(f"there is no size {size!r}; sizes are tiny and mini")
+        return tiny
+    if size != "mini":
+        raise TrainingError(f"there is no size {size!r}; sizes are tiny and mini")
+    return replace(
+        tiny,
+        name="mini",
+        hidden_size=256,
+        num_layers=8,
+        num_heads=8,
+        intermediate_size=768,
+        expert_layers=(False, *[True] * 7),
+        text_experts=BankConfig(16, 128),
+        vision_experts=BankConfig(16, 64),
+        num_chosen=4,
+        shared_size=256,
+        vision=VisionConfig(num_layers=6, hidden_size=192, intermediate_size=768, num_heads=6),
+    )
 
 
 def tiny_config(tokenizer: Tokenizer) -> ModelConfig:

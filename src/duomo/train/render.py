@@ -99,9 +99,7 @@ class Renderer:
         self._offer(sample, turns[-1].functions)
         opening = "" if sample.grid is not None else "User: "
         for turn in turns[:-1]:
-            self._add(
-                sample, [f"{opening}{turn.question}\nAssistant: ", *self._said(turn), self.end]
-            )
+            self._add(sample, [f"{opening}{turn.question}\nAssistant: ", *self._said(turn), self.end])
             opening = "User: "
         self._turn(sample, turns[-1], opening + turns[-1].question)
 

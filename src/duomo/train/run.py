@@ -84,7 +84,9 @@ def averaged(folder: Path, shares: Shares) -> dict[str, Tensor]:
     for stage, share in shares:
         path = folder / f"{stage}.pt"
         if not path.is_file():
-            raise TrainingError(f"{folder} has no {path.name}; the stage {stage!r} of the run must be finished")
+            raise TrainingError(
+                f"{folder} has no {path.name}; the stage {stage!r} of the run must be finished"
+            )
         for name, tensor in torch.load(path, weights_only=True, map_location="cpu").items():
             total[name] = total[name] + share * tensor if name in total else share * tensor
     return total
@@ -188,7 +190,7 @@ def _run_stage(
 
 
 def _losses(stage: Stage, model: Ernie, head: vision_stage.CellHead, batch: Any) -> tuple[Tensor, float]:
-    """Of one batch: the dense loss, or that of the answers with the dense one beside it; and what was right."""
+    """The dense loss, or that of the answers with the dense one beside it; and the share that was right."""
     if stage.is_dense:
         return vision_stage.cell_loss(model, head, batch)
     questions, cells = batch

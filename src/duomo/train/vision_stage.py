@@ -49,9 +49,7 @@ class CellBatch:
     colours_R: Array
 
 
-def cell_batch(
-    rng: np.random.Generator, pools: Pools, stage: Stage, progress: float
-) -> CellBatch:
+def cell_batch(rng: np.random.Generator, pools: Pools, stage: Stage, progress: float) -> CellBatch:
     """Pictures with a label for every cell; `progress` 0..1 makes the boards harder."""
     hardness = min(1.0, max(0.0, (progress - 0.05) / 0.4))
     names, shares = zip(*stage.cells, strict=True)
