@@ -20,9 +20,6 @@ from duomo.tasks.pools import Pools
 from duomo.train.batches import BlockCache, TrainingBatch, collate, model_batch, patches_tensor
 from duomo.train.recipe import Stage
 from duomo.train.render import IGNORE, Renderer
-from duomo.train.routing import RouterWatch
-
-__all__ = ["RouterWatch", "answer_loss", "exact_answers", "example_batch"]
 
 
 def example_batch(

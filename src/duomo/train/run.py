@@ -33,6 +33,7 @@ from duomo.train import joint_stage, losses, vision_stage
 from duomo.train.precision import fast_products
 from duomo.train.recipe import Recipe, Shares, Stage, config_of
 from duomo.train.render import Renderer
+from duomo.train.routing import RouterWatch
 
 DEV_BATCHES = 6
 HEAD_SEED = 67280421310721  # what torch starts from when nobody seeds it
@@ -159,7 +160,7 @@ def _run_stage(
     cache_folder: Path,
     say: Callable[[str], None],
 ) -> None:
-    watch = joint_stage.RouterWatch().attach(model)
+    watch = RouterWatch().attach(model)
     source = BatchSource(recipe, stage, folder, cache_folder)
     meter = Meter(stage, state.step)
     for step, batch in source.batches(state.step):
