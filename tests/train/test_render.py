@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from duomo.model import Ernie
-from duomo.processing.messages import ImagePart, Message, ToolCall
+from duomo.processing.messages import ImagePart, Message, Tool, ToolCall
 from duomo.processing.patches import normalize
 from duomo.processing.prompt import MediaSpan
 from duomo.processing.template import render_with_labels
@@ -21,7 +21,7 @@ from duomo.tasks import Example, Handwriting, Turn, clips, dialogue, digits, pla
 from duomo.tasks.families import FAMILIES
 from duomo.tasks.pools import Pools
 from duomo.train.batches import BlockCache, TrainingBatch, collate, model_batch, patches_tensor
-from duomo.train.render import IGNORE, Renderer, Sample, tools_of
+from duomo.train.render import IGNORE, Renderer, Sample
 from duomo.train.run import build_model
 
 
@@ -183,8 +183,7 @@ def test_videos_places_and_tool_calls_are_rendered_as_in_serving(tokenizer: Toke
         sample = blocks_of(renderer, Example((turn,), ""))
         fields = json.loads(turn.answer)
         answer = Message("assistant", (), None, (ToolCall("1", fields["name"], fields["arguments"]),))
-        served = render_with_labels(
-            [Message.of("user", turn.question), answer], tokenizer, tools=tools_of(turn.functions)
-        )
+        tools = [Tool(f.name, "", f.schema) for f in turn.functions]
+        served = render_with_labels([Message.of("user", turn.question), answer], tokenizer, tools=tools)
         assert (sample.ids, sample.labels) == (served.prompt.ids, served.labels)
     assert len(calls) > 4

@@ -1,7 +1,8 @@
 """How well the embedded model answers: accuracy by kind of question on the frozen held-out set.
 
-Every answer is generated greedily and must match exactly. Beside each score stand two that need no eyes:
-the same model before a grey picture, and the commonest answer of the set. Intervals are Wilson's, 95 %.
+Every answer is generated greedily and must match, exactly but for the kinds that `verdicts` names. Beside
+each score stand two that need no eyes: the same model before a grey picture, and the commonest answer of the
+set. Intervals are Wilson's, 95 %.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any
 
 from duomo.evals.decoding import generate_greedy
 from duomo.evals.questions import Question, prompt_of
+from duomo.evals.verdicts import DATA, is_right, parsed
 from duomo.model import Ernie
 from duomo.processing.tokenizer import Tokenizer
 
 BATCH = 48
-MAX_TOKENS = 96
+MAX_TOKENS = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,18 @@ def wilson(right: int, num: int, z: float = 1.96) -> tuple[float, float]:
     centre = (share + z * z / (2 * num)) / (1 + z * z / num)
     half = z * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num)) / (1 + z * z / num)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def answer_blind(
+    model: Ernie, tokenizer: Tokenizer, questions: Sequence[Question], answers: Sequence[str]
+) -> list[str]:
+    """The answers before a grey picture; a question without a picture keeps the answer it got."""
+    seeing = [i for i, question in enumerate(questions) if question.picture is not None]
+    found = list(answers)
+    blind = answer_all(model, tokenizer, [questions[i].blinded() for i in seeing])
+    for index, answer in zip(seeing, blind, strict=True):
+        found[index] = answer
+    return found
 
 
 def answer_all(
@@ -104,8 +118,15 @@ def score_by_kind(
         row = totals[question.kind]
         row[0] += 1
         for column, answer in enumerate(given, start=1):
-            row[column] += answer == question.answer
+            row[column] += is_right(question.kind, question.answer, answer)
     return {kind: Score(*row) for kind, row in sorted(totals.items())}
+
+
+def score_json(questions: Sequence[Question], answers: Sequence[str]) -> Score | None:
+    """How many of the answers that must be JSON parse at all, right or wrong; None if none must."""
+    given = [a for q, a in zip(questions, answers, strict=True) if q.kind in DATA]
+    valid = sum(parsed(answer) is not None for answer in given)
+    return Score(len(given), valid, valid, 0) if given else None
 
 
 def score_digits(questions: Sequence[Question], answers: Sequence[str], blind: Sequence[str]) -> Score:

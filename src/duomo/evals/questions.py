@@ -15,12 +15,15 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from duomo.processing.messages import ImagePart, Message, TextPart
-from duomo.processing.prompt import Prompt
+from duomo.processing.images import content_hash, load_image
+from duomo.processing.messages import ImagePart, Message, Tool, VideoPart
+from duomo.processing.patches import patchify
+from duomo.processing.prompt import Media, Prompt
 from duomo.processing.template import build_prompt
 from duomo.processing.tokenizer import Tokenizer
+from duomo.processing.video import stamp_frames
 from duomo.tasks import Example, Handwriting, Turn, dialogue, digits, shapes
-from duomo.tasks.scene import Pixels
+from duomo.tasks.scene import Function, Pixels
 
 SEED = 451
 NUM_READ = 900
@@ -37,14 +40,18 @@ class Question:
     answer: str
     thinking: bool
     scene: str
-    picture: Pixels | None = None
+    picture: Pixels | None = None  # or frames, where `times` says when
+    times: tuple[float, ...] = ()
+    functions: tuple[Function, ...] = ()
+
+    def with_thinking(self) -> Question:
+        return replace(self, thinking=True)
 
     def blinded(self) -> Question:
         """The same question about a grey picture of the same size."""
         if self.picture is None:
             return self
-        grey = np.full_like(self.picture, 128)
-        return Question(self.kind, self.question, self.answer, self.thinking, self.scene, grey)
+        return replace(self, picture=np.full_like(self.picture, 128))
 
 
 def frozen_questions(
@@ -58,7 +65,7 @@ def frozen_questions(
             limit = num_read if turn.kind == "digits/read" else num_other
             if counts[turn.kind] < limit:
                 counts[turn.kind] += 1
-                found.append(_question(example, turn))
+                found.append(question_of(example, turn))
     return found
 
 
@@ -83,9 +90,18 @@ def _examples(pool: Handwriting, num_read: int, num_other: int) -> Iterator[Exam
         yield dialogue.generate(rng, "test")
 
 
-def _question(example: Example, turn: Turn) -> Question:
-    thinks = turn.reasoning is not None
-    return Question(turn.kind, turn.question, turn.answer, thinks, example.scene, example.picture)
+def question_of(example: Example, turn: Turn) -> Question:
+    """The question as it is asked: what was drawn, and nothing of the thought."""
+    return Question(
+        turn.kind,
+        turn.question,
+        turn.answer,
+        turn.reasoning is not None,
+        example.scene,
+        example.picture,
+        example.times,
+        turn.functions,
+    )
 
 
 def hash_of(questions: list[Question]) -> str:
@@ -98,16 +114,33 @@ def hash_of(questions: list[Question]) -> str:
 
 
 def prompt_of(question: Question, tokenizer: Tokenizer) -> Prompt:
-    """The prompt of a single user turn, as the server makes it: picture as PNG, then the question."""
-    parts = (
-        (TextPart(question.question),)
-        if question.picture is None
-        else (_png(question.picture), TextPart(question.question))
-    )
-    return build_prompt([Message("user", parts)], tokenizer, thinking=question.thinking)
+    """The prompt of a single user turn, as the server makes it: picture as PNG, then the question.
+
+    A video's frames are taken as they are, with their times on them: its codec is not what is judged.
+    """
+
+    def load(part: ImagePart | VideoPart) -> Media:
+        if isinstance(part, ImagePart):
+            return load_image(part)
+        assert question.picture is not None
+        patches, grid = patchify(stamp_frames(question.picture, question.times))
+        return Media("video", patches, grid, content_hash(patches, grid))
+
+    tools = [Tool(function.name, "", function.schema) for function in question.functions]
+    message = message_of(question)
+    return build_prompt([message], tokenizer, thinking=question.thinking, tools=tools, load=load)
 
 
-def _png(picture: Pixels) -> ImagePart:
+def message_of(question: Question) -> Message:
+    """Picture first, then the words."""
+    if question.picture is None:
+        return Message.of("user", question.question)
+    if question.times:
+        return Message.of("user", VideoPart(b""), question.question)
+    return Message.of("user", ImagePart(picture_png(question.picture)), question.question)
+
+
+def picture_png(picture: Pixels) -> bytes:
     stream = BytesIO()
     Image.fromarray(picture).save(stream, format="PNG")
-    return ImagePart(stream.getvalue())
+    return stream.getvalue()

@@ -8,7 +8,7 @@ their tokens. Frames are decoded one after another and only those taken are kept
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -117,6 +117,14 @@ def stamp(picture: Image.Image, seconds: float) -> Image.Image:
         (0, 0), text, font=_font(size), fill="black", stroke_width=edge, stroke_fill="white"
     )
     return picture
+
+
+def stamp_frames(frames: npt.NDArray[np.uint8], times: Sequence[float]) -> npt.NDArray[np.uint8]:
+    """RGB frames [F, height, width, 3] with their seconds written on them; a lone picture has no times."""
+    if not times:
+        return frames
+    stamped = [stamp(Image.fromarray(frame), t) for frame, t in zip(frames, times, strict=True)]
+    return np.stack([np.asarray(picture) for picture in stamped])
 
 
 @lru_cache(maxsize=32)

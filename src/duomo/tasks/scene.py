@@ -34,6 +34,11 @@ class Function:
     name: str
     parameters: tuple[str, ...]
 
+    @property
+    def schema(self) -> dict[str, object]:
+        """The parameters as a JSON schema."""
+        return {"type": "object", "properties": {name: {} for name in self.parameters}}
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:

@@ -13,15 +13,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from duomo.processing.messages import Tool
 from duomo.processing.patches import patchify
 from duomo.processing.prompt import Grid
 from duomo.processing.template import tool_list
 from duomo.processing.tokenizer import Tokenizer
-from duomo.processing.video import stamp
-from duomo.tasks.scene import Example, Function, Pixels, Turn
+from duomo.processing.video import stamp_frames
+from duomo.tasks.scene import Example, Function, Turn
 
 IGNORE = -100
 PLACE = re.compile(r"(<\|LOC_\w+\|>)")
@@ -60,7 +59,7 @@ class Renderer:
         """Mostly blocks behind one picture; sometimes a conversation, or the question before the picture."""
         sample = Sample()
         if example.picture is not None:
-            patches, grid = patchify(stamped(example))
+            patches, grid = patchify(stamp_frames(example.picture, example.times))
             sample.patches, sample.grid = patches, grid
         style = rng.random()
         if example.picture is not None and style < 0.2:
@@ -129,7 +128,8 @@ class Renderer:
     def _offer(self, sample: Sample, functions: tuple[Function, ...]) -> None:
         """The tools stand right after the beginning, in the words of the chat template."""
         if functions:
-            self._add(sample, ["\n", self.tools[0], tool_list(tools_of(functions)), self.tools[1], "\n"])
+            listed = tool_list([Tool(f.name, "", f.schema) for f in functions])
+            self._add(sample, ["\n", self.tools[0], listed, self.tools[1], "\n"])
 
     def _add(self, sample: Sample, segments: list[str | int], is_answer: bool = False) -> None:
         ids = encode_segments(self.tokenizer, segments)
@@ -141,22 +141,6 @@ class Renderer:
             sample.labels += [IGNORE] * len(ids)
         sample.ids += ids
         sample.block += [len(sample.kinds)] * len(ids)
-
-
-def tools_of(functions: tuple[Function, ...]) -> list[Tool]:
-    """As a request declares them: every parameter is a string or a number."""
-    return [
-        Tool(f.name, "", {"type": "object", "properties": {p: {} for p in f.parameters}}) for f in functions
-    ]
-
-
-def stamped(example: Example) -> Pixels:
-    """The picture, or a video's frames with their times on them, as `processing.video` writes them."""
-    assert example.picture is not None
-    if not example.times:
-        return example.picture
-    frames = zip(example.picture, example.times, strict=True)
-    return np.stack([np.asarray(stamp(Image.fromarray(frame), seconds)) for frame, seconds in frames])
 
 
 def encode_segments(tokenizer: Tokenizer, segments: list[str | int]) -> list[int]:
