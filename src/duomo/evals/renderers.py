@@ -47,6 +47,7 @@ def chart_by_matplotlib(chart: Chart) -> Pixels:
 def circuit_by_schemdraw(circuit: Circuit) -> Pixels:
     """Left to right with schemdraw's resistors and labels."""
     import schemdraw
+    from matplotlib import pyplot
     from schemdraw import elements
 
     with schemdraw.Drawing(show=False, canvas="matplotlib", fontsize=22, lw=3) as drawing:
@@ -68,7 +69,9 @@ def circuit_by_schemdraw(circuit: Circuit) -> Pixels:
             drawing += elements.Resistor().at((4, 1.6)).to((4, -1.6)).label(f"R5 {circuit.ohms[4]}")
         for end in (0.0, x):
             drawing += elements.Dot().at((end, 0))
-    return _fitted(drawing.get_imagedata("png"), circuits.CANVAS_PX)
+    png = drawing.get_imagedata("png")
+    pyplot.close(drawing.fig.fig)
+    return _fitted(png, circuits.CANVAS_PX)
 
 
 def _fitted(png: bytes, canvas_px: tuple[int, int]) -> Pixels:
