@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from duomo.errors import ConfigError, MediaTooLarge, PromptTooLong, TemplateError, UnsupportedMedia
+from duomo.errors import (
+    ConfigError,
+    MediaError,
+    MediaTooLarge,
+    PromptTooLong,
+    TemplateError,
+    UnsupportedMedia,
+)
 from duomo.processing.messages import ImagePart, Message, Tool, ToolCall, VideoPart
 from duomo.processing.prompt import Grid, Media
 from duomo.processing.template import (
@@ -287,6 +294,23 @@ def test_a_vocabulary_without_tool_tags_spells_them(vocabulary: Path, tmp_path: 
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields), encoding="utf-8")
     with pytest.raises(TemplateError, match=r"no control token <\|begin_of_sentence\|>"):
         build_prompt([ASK], Tokenizer.load(tmp_path), thinking=True)
+
+
+def test_a_checkpoints_own_video_limits_give_way_to_a_requests(tmp_path: Path) -> None:
+    seen: list[VideoPart] = []
+
+    def spy(part: ImagePart | VideoPart) -> Media:
+        assert isinstance(part, VideoPart)
+        seen.append(part)
+        raise MediaError("seen")
+
+    limits = '{"video": {"fps": 2.0, "max_frames": 8, "max_pixels": 12544}}'
+    (tmp_path / "preprocessor_config.json").write_text(limits)
+    for part in (VideoPart(b""), VideoPart(b"", fps=1.0, max_frames=4)):
+        with pytest.raises(MediaError):
+            loader_of(tmp_path, spy)(part)
+    assert seen[0] == VideoPart(b"", fps=2.0, max_frames=8, max_pixels=12544)
+    assert seen[1] == VideoPart(b"", fps=1.0, max_frames=4, max_pixels=12544)
 
 
 def test_a_checkpoints_own_picture_sizes_are_the_default(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ class Stop(Exception):
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch, pools: Pools) -> Recipe:
-    """All stages in four steps, checkpoints after every step, data made in this process."""
+    """All stages in two steps, checkpoints after every step, data made in this process."""
     monkeypatch.setattr(run, "load_pools", lambda cache, split: pools)
 
     def batches(self: run.BatchSource, first_step: int):  # type: ignore[no-untyped-def]
@@ -37,10 +37,10 @@ def short(monkeypatch: pytest.MonkeyPatch, pools: Pools) -> Recipe:
 
     monkeypatch.setattr(run.BatchSource, "batches", batches)
     recipe = Recipe(checkpoint_seconds=0.0)
-    return recipe.shortened(num_steps=4, batch_size=10)
+    return recipe.shortened(num_steps=2, batch_size=6)
 
 
-@pytest.mark.parametrize("killed_at", [2, 6, 18])
+@pytest.mark.parametrize("killed_at", [1, 3, 9])
 def test_resumed_equals_uninterrupted(
     short: Recipe, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
 ) -> None:

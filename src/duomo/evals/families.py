@@ -20,7 +20,7 @@ from duomo.tasks.pools import Pools
 from duomo.tasks.scene import Example
 
 WIDER = ("meters", "charts", "places", "surface", "nuclei", "circuits", "clips", "instructions")
-MOST_EXAMPLES = 40  # drawn for one question of a kind, before the rarest kind is given up
+PATIENCE = 15  # examples in a row, for each question wanted, that bring nothing new before that is the end
 
 
 def family_questions(pools: Pools, num: int) -> list[Question]:
@@ -28,7 +28,7 @@ def family_questions(pools: Pools, num: int) -> list[Question]:
     found: list[Question] = []
     for index, name in enumerate(WIDER):
         rng = np.random.default_rng([SEED, 10 + index])
-        found += _first(num, (FAMILIES[name](rng, pools) for _ in range(MOST_EXAMPLES * num)))
+        found += _first(num, (FAMILIES[name](rng, pools) for _ in range(9 * PATIENCE * num)))
     return found
 
 
@@ -42,7 +42,7 @@ def _drawn(
     pools: Pools, num: int, seed: int, draw: Callable[[np.random.Generator, Pools], Example]
 ) -> Iterator[Example]:
     rng = np.random.default_rng([SEED, seed])
-    for _ in range(MOST_EXAMPLES * num):
+    for _ in range(9 * PATIENCE * num):
         yield draw(rng, pools)
 
 
@@ -57,13 +57,13 @@ def _circuit(rng: np.random.Generator, pools: Pools) -> Example:
 
 
 def _first(num: int, examples: Iterator[Example], suffix: str = "") -> list[Question]:
-    """The first `num` questions of every kind; ends when two thirds of what was drawn brings nothing new."""
+    """The first `num` questions of every kind; gives a rare kind up only after long patience."""
     counts: Counter[str] = Counter()
     found, idle = [], 0
     for example in examples:
         new = [turn for turn in example.turns if counts[turn.kind] < num]
         idle = 0 if new else idle + 1
-        if idle > 3 * num:
+        if idle > PATIENCE * num:
             break
         for turn in new:
             if counts[turn.kind] < num:

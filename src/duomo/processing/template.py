@@ -22,6 +22,7 @@ from duomo.processing.prompt import Media, MediaSpan, Prompt
 from duomo.processing.tokenizer import Tokenizer
 
 IGNORE = -100
+VIDEO_LIMITS = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels")
 _THINKING_SYSTEM = (
     "You are a multimodal AI assistant called ERNIE developed by Baidu based on the PaddlePaddle framework."
 )
@@ -46,9 +47,10 @@ LoadMedia = Callable[[ImagePart | VideoPart], Media]
 
 
 def loader_of(folder: Path, load_media: LoadMedia = load_media) -> LoadMedia:
-    """`load_media` within the picture sizes that a checkpoint's preprocessor_config.json states, if it does.
+    """`load_media` within the sizes that a checkpoint's preprocessor_config.json states, if it does.
 
-    A request's own `min_pixels` and `max_pixels` go first. ConfigError if the file is not readable.
+    `min_pixels` and `max_pixels` are of pictures; of videos there may be `video`, with any of VideoPart's
+    fields. What a request asks for goes first. ConfigError if the file is not readable.
     """
     path = folder / "preprocessor_config.json"
     if not path.is_file():
@@ -56,12 +58,14 @@ def loader_of(folder: Path, load_media: LoadMedia = load_media) -> LoadMedia:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         low, high = fields.get("min_pixels"), fields.get("max_pixels")
+        video = {name: fields.get("video", {}).get(name) for name in VIDEO_LIMITS}
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{path.name} is not readable JSON: {error}") from error
 
     def load(part: ImagePart | VideoPart) -> Media:
         if isinstance(part, VideoPart):  # frames have limits of their own
-            return load_media(part)
+            asked = {name: getattr(part, name) for name in VIDEO_LIMITS}
+            return load_media(replace(part, **{n: video[n] if v is None else v for n, v in asked.items()}))
         return load_media(
             replace(part, min_pixels=part.min_pixels or low, max_pixels=part.max_pixels or high)
         )

@@ -22,7 +22,7 @@ from duomo.train.recipe import Recipe
 from duomo.train.run import averaged, build_model
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
-MAX_PIXELS = 112 * 140  # the largest picture of the training; bigger ones are reduced to it
+MAX_PIXELS = 140 * 168  # the largest picture of the training; bigger ones are reduced to it
 MIN_PIXELS = 56 * 112
 
 
@@ -52,6 +52,13 @@ def _settings(model: Ernie, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
         "preprocessor_config.json": {
             "min_pixels": MIN_PIXELS,
             "max_pixels": MAX_PIXELS,
+            "video": {
+                "fps": 2.0,
+                "min_frames": 4,
+                "max_frames": 8,
+                "min_pixels": 112**2,
+                "max_pixels": 112**2,
+            },
             "patch_size": 14,
             "merge_size": 2,
             "temporal_conv_size": 2,
