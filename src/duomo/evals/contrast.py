@@ -6,7 +6,7 @@ The difference of two shares has Newcombe's interval, which is made of Wilson's 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +56,10 @@ def contrasts(scores: Mapping[str, Score]) -> dict[str, Contrast]:
             found[kind] = Contrast((score.right, score.num), (thinking.right, thinking.num))
     chosen = [found[kind] for kind in REASONED if kind in found]
     if chosen:
-        direct, thinking = (
-            [sum(row) for row in zip(*pairs, strict=True)]
-            for pairs in (
-                [c.direct for c in chosen],
-                [c.thinking for c in chosen],
-            )
-        )
-        found["reasoned"] = Contrast((direct[0], direct[1]), (thinking[0], thinking[1]))
+        found["reasoned"] = Contrast(_added(c.direct for c in chosen), _added(c.thinking for c in chosen))
     return found
+
+
+def _added(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    rights, nums = zip(*pairs, strict=True)
+    return sum(rights), sum(nums)

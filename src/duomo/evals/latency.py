@@ -60,9 +60,9 @@ def compare_modes(model: LLM, pairs: Sequence[tuple[Question, Question]]) -> dic
     for pair in [pairs[0], *pairs]:
         model.reset_caches()
         for question, found in zip(pair, seconds, strict=True):
-            mode = "on" if question.thinking else "off"
+            params = SamplingParams(max_tokens=MAX_TOKENS, thinking="on" if question.thinking else "off")
             begun = time.perf_counter()
-            model.chat([message_of(question)], SamplingParams(max_tokens=MAX_TOKENS, thinking=mode))
+            model.chat([message_of(question)], params)
             found.append(time.perf_counter() - begun)
             model.reset_caches()
     direct, thinking = (statistics.median(found[1:]) for found in seconds)
