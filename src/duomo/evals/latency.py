@@ -113,7 +113,15 @@ def served(model: Path | None) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "duomo", "serve", *([str(model)] if model else []), "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "duomo",
+        "serve",
+        *(["--model", str(model)] if model else []),
+        "--port",
+        str(port),
+    ]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
