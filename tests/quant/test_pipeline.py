@@ -168,6 +168,20 @@ def test_a_fine_tuned_copy_in_either_layout(source, tmp_path):
     assert kl[0][0].mean() < kl[1][0].mean()  # nearer to the copy than to what it was copied from
 
 
+def test_tuning_brings_every_layer_nearer(done, source, tmp_path):
+    report = quantize(source, tmp_path / "tuned", "2", prompts(), is_tuned=True)
+    for layer in report["layers"]:
+        before, after = layer["tuned"]
+        assert 0 < after < before
+    last = [r["layers"][-1]["hidden_error"] for r in (report, done[1])]
+    assert last[0] < last[1]
+    plain, tuned = (
+        next(f.read(n) for n, f in open_quantized(folder).items() if n == "decoder.layers.1.mlp.text.down")
+        for folder in (done[0], tmp_path / "tuned")
+    )
+    assert (plain.row_scale != tuned.row_scale).any()
+
+
 def test_without_calibration_it_rounds_and_says_so(source, tmp_path):
     report = quantize(source, tmp_path / "plain", "4")
     assert not report["calibrated"] and report["quality"] == {}

@@ -22,6 +22,9 @@ def quantize(
     budget: Annotated[str, typer.Option(help="Bytes that `auto` may spend, as 9G.")] = "",
     memory: Annotated[str, typer.Option(help="Refuse to start where one layer needs more, as 16G.")] = "",
     code: Annotated[str, typer.Option(help="The 2-bit code: lcc2-10, lcc2-12 or lcc2-14.")] = "lcc2-12",
+    tune: Annotated[
+        bool, typer.Option(help="Tune each layer's scales and norms; needs calibration.")
+    ] = False,
     threads: Annotated[int, typer.Option(help="Threads of the encoder; 0 takes all cores.")] = 0,
 ) -> None:
     """Bring a checkpoint to 2 bits a weight, with a report; stoppable and resumable."""
@@ -59,6 +62,7 @@ def quantize(
                 total=step.total,
                 left=_left(step.seconds_left),
             ),
+            tune,
         )
     everything = report["parts"]["everything"]
     print(f"{target}: {report['file_bytes']:,} bytes, {everything['bits']:.3f} bits a weight; see report.md")

@@ -35,6 +35,7 @@ from duomo.quant.layer import LayerQuantizer, TensorReport, quantize_outside
 from duomo.quant.plan import BitPlan, build_plan, least_bytes, raise_banks
 from duomo.quant.report import write_report
 from duomo.quant.sensitivity import empty_outside, measure_banks
+from duomo.quant.tune import tune
 from duomo.quant.walk import embed_batches, walk
 from duomo.trellis.code import LCC2_12, TrellisCode
 
@@ -61,12 +62,13 @@ def quantize(
     code: TrellisCode = LCC2_12,
     num_threads: int = 1,
     progress: Callable[[Progress], None] = lambda _: None,
+    is_tuned: bool = False,
 ) -> dict[str, Any]:
     """Writes the quantized checkpoint and its report into `target`; returns the report.
 
     Without calibration prompts weights are rounded with no error feedback, and the report says so. An
     interrupted run is taken up again by the same call. ConfigError where `target` holds something else.
-    `bits` is a preset's name or a plan of one's own.
+    `bits` is a preset's name or a plan of one's own. `is_tuned`: each layer's scales and norms are tuned too.
     """
     source, target = Path(source), Path(target)
     stream = CheckpointStream(source)
@@ -75,7 +77,7 @@ def quantize(
         if not budget_bytes or not calibration:
             raise ConfigError("--bits auto needs a budget of bytes and calibration prompts to measure with")
         least_bytes(plan, _shapes(stream), budget_bytes)
-    run = _Run(source, target, stream, plan, calibration, budget_bytes, num_threads, progress)
+    run = _Run(source, target, stream, plan, calibration, budget_bytes, num_threads, progress, is_tuned)
     return run.go()
 
 
@@ -90,10 +92,11 @@ class _Run:
         budget_bytes: int,
         num_threads: int,
         progress: Callable[[Progress], None],
+        is_tuned: bool,
     ) -> None:
         self.source, self.target, self.stream, self.plan = source, target, stream, plan
         self.calibration, self.num_threads, self.progress = calibration, num_threads, progress
-        self.budget_bytes = budget_bytes
+        self.budget_bytes, self.is_tuned = budget_bytes, is_tuned
         self.work = target / WORK
         self.started, self.pieces_here = time.monotonic(), 0
         self.total = len(stream.config.expert_layers) + 2
@@ -113,9 +116,9 @@ class _Run:
 
     def _claim(self) -> None:
         """Marks the folder as this run's, or finds that it already is."""
-        mine = json.dumps(
-            _fingerprint(self.source, self.plan, self.calibration, self.budget_bytes), sort_keys=True
-        )
+        settings = _fingerprint(self.source, self.plan, self.calibration)
+        settings |= {"budget": self.budget_bytes, "is_tuned": self.is_tuned}
+        mine = json.dumps(settings, sort_keys=True)
         mark = self.work / "run.json"
         if mark.exists():
             if mark.read_text() != mine:
@@ -202,6 +205,10 @@ class _Run:
         parameters = dict(layer.named_parameters())
         for name, tensor in stored.items():
             parameters[name.removeprefix(f"decoder.layers.{index}.")].data.copy_(dequantize(tensor))
+        tuned: tuple[float, float] | None = None
+        if self.is_tuned and self.batches:
+            stored, *errors = tune(layer, config, stored, states.quantized, original, self.batches)
+            tuned = errors[0], errors[1]
         quantized = walk(layer, config, states.quantized, self.batches, judge.hear_quantized)
         notes = {
             "layer": index,
@@ -209,6 +216,7 @@ class _Run:
             "agreement": judge.agreement(),
             "tokens": quantizer.tokens_per_expert(),
             "hidden_error": _relative(original, quantized, self.batches),
+            "tuned": tuned,  # held-out error of the layer's output before and after
         }
         self._save(number, stored, notes, _States(original, quantized))
 
@@ -274,9 +282,7 @@ def _relative(
     return error / sum(a.square().sum().item() for a, _ in pairs)
 
 
-def _fingerprint(
-    source: Path, plan: BitPlan, calibration: Sequence[Prompt], budget_bytes: int
-) -> dict[str, Any]:
+def _fingerprint(source: Path, plan: BitPlan, calibration: Sequence[Prompt]) -> dict[str, Any]:
     prompts = 0
     for prompt in calibration:
         prompts = zlib.crc32(json.dumps(prompt.ids).encode(), prompts)
@@ -286,7 +292,6 @@ def _fingerprint(
     return {
         "files": files,
         "plan": repr(plan),
-        "budget": budget_bytes,
         "prompts": prompts,
         "format": VERSION,
     }
