@@ -1,21 +1,24 @@
 """`python -m duomo.train.experiments.adapters`: what an adapter learns, and what it wins back over 2 bits.
 
-On the embedded model, whose files stay as they are. A task it never saw (which of two numbers is larger,
-chance 50 %) is learned by an adapter over the bf16 base and by one over the same base at 2 bits; the old
-talk and sums are judged before and after. Then an adapter over 2 bits trained on the old tasks: how much of
-the loss that 2 bits cost does it win back? Every judgement is on questions of no training row.
+On the embedded model, whose files stay as they are. A task it never saw (odd or even, numbers of no training
+row, chance 50 %) is learned by an adapter over the bf16 base and by one over 2 bits. "All 2 bits" puts every
+matrix of the decoder at 2 bits by plain rounding, which costs more than the plan that ships: there an adapter
+trained on talk and sums is judged by how much of the cost it wins back, on sums of no training row.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from duomo.quant import quantize
+from duomo.checkpoints.load import load_config
+from duomo.quant import build_plan, quantize
+from duomo.quant.plan import Kind
 from duomo.tasks import dialogue
 from duomo.tasks.scene import Split, split_of
 from duomo.train.evaluate import Evaluation, evaluate_folder
@@ -27,16 +30,15 @@ from duomo.train.stages import EMBEDDED
 Fields = dict[str, Any]
 
 
-def larger_rows(split: Split, count: int, seed: int) -> list[Fields]:
-    """Pairs of numbers below 100, each pair in one split."""
+def parity_rows(split: Split, count: int, seed: int) -> list[Fields]:
+    """Numbers below 1,000, each in one split."""
     rng = np.random.default_rng(seed)
     rows: list[Fields] = []
     while len(rows) < count:
-        a, b = (int(v) for v in rng.integers(0, 100, size=2))
-        if a == b or split_of(f"larger {min(a, b)} {max(a, b)}") != split:
-            continue
-        answer = "first" if a > b else "second"
-        rows.append({"query": f"Which is larger, the first or the second: {a} or {b}?", "response": answer})
+        number = int(rng.integers(0, 1000))
+        if split_of(f"parity {number}") == split:
+            answer = "odd" if number % 2 else "even"
+            rows.append({"query": f"Odd or even: {number}?", "response": answer})
     return rows
 
 
@@ -69,23 +71,26 @@ def digest(folder: Path) -> str:
     return sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.safetensors")))).hexdigest()
 
 
+def packed_base(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        quantize(EMBEDDED, folder, replace(build_plan("2", load_config(EMBEDDED)), name="2", other=Kind.TWO))
+        copy_companions(EMBEDDED, folder)
+    return folder
+
+
 def run(folder: Path, json_file: Path | None, steps: int, num_test: int) -> Fields:
-    packed = folder / "two_bits"
-    if not (packed / "config.json").is_file():
-        quantize(EMBEDDED, packed)
-        copy_companions(EMBEDDED, packed)
-    before = {name: digest(place) for name, place in (("bf16", EMBEDDED), ("2 bits", packed))}
-    new = write_rows(folder / "new.jsonl", larger_rows("train", 1500, 1))
-    new_test = write_rows(folder / "new_test.jsonl", larger_rows("test", num_test, 2))
+    bases = {"bf16": EMBEDDED, "all 2 bits": packed_base(folder / "two_bits")}
+    before = {name: digest(place) for name, place in bases.items()}
+    new = write_rows(folder / "new.jsonl", parity_rows("train", 1500, 1))
+    new_test = write_rows(folder / "new_test.jsonl", parity_rows("test", num_test, 2))
     old = write_rows(folder / "old.jsonl", old_rows("train", 1500, 3))
     old_test = write_rows(folder / "old_test.jsonl", old_rows("test", num_test, 4))
 
     def judge(base: Path, rows: Path, adapter: Path | None = None) -> Fields:
         return figures(evaluate_folder(base, [rows], adapter))
 
-    bases = {"bf16": EMBEDDED, "2 bits": packed}
-    learned = {name: adapt(base, new, folder / f"new {name}", steps, 3e-3) for name, base in bases.items()}
-    restored = {name: adapt(base, old, folder / f"old {name}", steps, 3e-4) for name, base in bases.items()}
+    learned = {name: adapt(base, new, folder / f"new {name}", steps, 2e-3) for name, base in bases.items()}
+    restored = adapt(bases["all 2 bits"], old, folder / "old all 2 bits", steps, 3e-4)
     result: Fields = {"steps": steps, "new task": {}, "old tasks": {}}
     for name, base in bases.items():
         result["new task"][name] = {
@@ -95,12 +100,12 @@ def run(folder: Path, json_file: Path | None, steps: int, num_test: int) -> Fiel
         result["old tasks"][name] = {
             "before": judge(base, old_test),
             "after the new task": judge(base, old_test, learned[name]),
-            "after an adapter of their own": judge(base, old_test, restored[name]),
         }
-    result["new task"]["adapter of 2 bits on bf16"] = judge(EMBEDDED, new_test, learned["2 bits"])
+    result["new task"]["adapter of 2 bits on bf16"] = judge(EMBEDDED, new_test, learned["all 2 bits"])
+    own = judge(bases["all 2 bits"], old_test, restored)
+    result["old tasks"]["all 2 bits"]["after an adapter of their own"] = own
     plain, bits = (result["old tasks"][name]["before"]["loss"] for name in bases)
-    won = result["old tasks"]["2 bits"]["after an adapter of their own"]["loss"]
-    result["share of the gap won back"] = round((bits - won) / (bits - plain), 3)
+    result["share of the loss won back"] = round((bits - own["loss"]) / (bits - plain), 3)
     result["bases unchanged"] = before == {name: digest(place) for name, place in bases.items()}
     write_result(json_file, result)
     return result
@@ -110,8 +115,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/experiments/adapters"))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--test", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--test", type=int, default=200)
     options = parser.parse_args()
     run(options.folder, options.json, options.steps, options.test)
 
