@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from duomo import LLM, SamplingParams
 from duomo.checkpoints import load_model
 from duomo.checkpoints.stream import load_dequantized
 from duomo.errors import CorruptFile, TrainingError, UnexpectedTensor
@@ -115,3 +116,19 @@ def test_every_expert_of_the_bank_is_in_the_file(checkpoint: Path, adapter: Path
     load_adapter(model, adapter)
     bank = model.decoder.layers[2].mlp.text
     assert isinstance(bank, LoraBank) and bank.up_b.flatten(1).any(1).all()
+
+
+def test_the_engine_serves_what_training_attached(checkpoint: Path, adapter: Path) -> None:
+    """Greedy tokens of `LLM.load_adapter` are those of the model with the adapter attached."""
+    model = load_model(checkpoint)
+    load_adapter(model, adapter)
+    wanted = list(PROMPT)
+    for _ in range(6):
+        wanted.append(int(model.logits(wanted)[-1].argmax()))
+    params = SamplingParams(max_tokens=6, temperature=0.0, thinking="off", ignore_eos=True, logprobs=0)
+    with LLM.open(checkpoint) as llm:
+        llm.load_adapter("trade", adapter)
+        said = llm.generate(PROMPT, params, adapter="trade")
+        plain = llm.generate(PROMPT, params)
+    assert [entry.token_id for entry in said.logprobs] == wanted[len(PROMPT) :]
+    assert [entry.token_id for entry in plain.logprobs] != wanted[len(PROMPT) :]

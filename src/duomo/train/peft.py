@@ -119,6 +119,9 @@ def read_adapter(folder: Path) -> AdapterFile:
         fields = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         if fields["peft_type"] != "LORA":
             raise ValueError(f"its type is {fields['peft_type']}, and only LORA is read")
+        for name in ("use_dora", "fan_in_fan_out", "lora_bias"):
+            if fields.get(name):
+                raise ValueError(f"it asks for {name}, which is not done here")
         float(fields["lora_alpha"])
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -31,9 +31,11 @@ def experts(
     order = pair_experts.argsort(stable=True)
     counts: list[int] = torch.bincount(pair_experts, minlength=gate_up_EFD.shape[0]).tolist()
     inputs = hidden_TD[order // num_chosen].split(counts)
+    # unbind, for the backward pass: indexing would make a gradient of the whole bank for every expert.
+    weights = zip(gate_up_EFD.unbind(), down_EDF.unbind(), strict=True)
     outputs = [
-        linear(swiglu(linear(rows, gate_up_EFD[e])), down_EDF[e])
-        for e, rows in enumerate(inputs)
+        linear(swiglu(linear(rows, gate_up_FD)), down_DF)
+        for rows, (gate_up_FD, down_DF) in zip(inputs, weights, strict=True)
         if rows.shape[0]
     ]
     if not outputs:
