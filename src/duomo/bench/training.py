@@ -1,8 +1,9 @@
 """`python -m duomo.bench.training`: a training step of ours beside transformers' own class, one run.
 
 Same sizes, same weights (transformers saves, we load), same ids, pictures and labels, fp32, AdamW over all
-parameters. Steps alternate, so load and clock strike both alike; medians are of the same number of steps.
-The first losses must agree, or nothing is timed.
+parameters. Rows of one length, and mixed ones, where transformers pads and we do not; tokens are counted
+without padding. Steps alternate, so load and clock strike both alike; medians are of the same number of
+steps. The first losses must agree, or nothing is timed.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Work:
     labels_BL: Tensor
     patches_PX: Tensor
     spans: list[list[Span]]
+    lengths: list[int]  # of each row; what lies behind is padding, which we do not compute
 
 
 def sizes(name: str) -> dict[str, Any]:
@@ -87,7 +89,8 @@ def build_theirs(name: str) -> Any:
     return model.train()
 
 
-def build_work(ours: Ernie, rows: int, length: int) -> Work:
+def build_work(ours: Ernie, rows: int, length: int, is_mixed: bool) -> Work:
+    """Mixed rows have lengths evenly spread from a quarter of `length` to all of it."""
     rng = np.random.default_rng(0)
     ids = ours.config.ids
     tokens = (SIDE // 2) ** 2
@@ -98,24 +101,31 @@ def build_work(ours: Ernie, rows: int, length: int) -> Work:
         ids.image_end,
     )
     labels = np.full_like(ids_BL, -100)
-    labels[:, length // 2 :] = ids_BL[:, length // 2 :]
+    lengths = [length] * rows
+    if is_mixed:
+        lengths = [int(n) for n in np.linspace(length // 4, length, rows)]
+    for row, count in enumerate(lengths):
+        labels[row, count // 2 : count] = ids_BL[row, count // 2 : count]
+        ids_BL[row, count:] = 0
     patches = torch.from_numpy(rng.standard_normal((rows * SIDE * SIDE, 588), dtype=np.float32))
     spans = [[Span(5, Grid(1, SIDE, SIDE))] for _ in range(rows)]
-    return Work(torch.from_numpy(ids_BL), torch.from_numpy(labels), patches, spans)
+    return Work(torch.from_numpy(ids_BL), torch.from_numpy(labels), patches, spans, lengths)
 
 
 def our_loss(model: Ernie, work: Work) -> Tensor:
     """As the training kit does it: whole sequences side by side, logits only where a label is."""
     features = model.encode(work.patches_PX, [span.grid for row in work.spans for span in row])
-    batch = build_batch(work.ids_BL.tolist(), model.config, work.spans, features)
-    wanted = F.pad(work.labels_BL[:, 1:], (0, 1), value=-100).flatten()
+    whole = [row[:count].tolist() for row, count in zip(work.ids_BL, work.lengths, strict=True)]
+    batch = build_batch(whole, model.config, work.spans, features)
+    shifted = F.pad(work.labels_BL[:, 1:], (0, 1), value=-100)
+    wanted = torch.cat([row[:count] for row, count in zip(shifted, work.lengths, strict=True)])
     rows = (wanted != -100).nonzero().flatten()
     hidden = model(replace(batch, logit_rows=rows), PackedCausal())
     return F.cross_entropy(model.unembed(hidden), wanted[rows])
 
 
 def their_loss(model: Any, work: Work, patch_id: int) -> Tensor:
-    rows, length = work.ids_BL.shape
+    length = work.ids_BL.shape[1]
     is_patch = (work.ids_BL == patch_id).long()
     is_vision = is_patch.clone()
     for row, spans in enumerate(work.spans):
@@ -123,7 +133,7 @@ def their_loss(model: Any, work: Work, patch_id: int) -> Tensor:
             is_vision[row, span.start - 1 : span.start + SIDE * SIDE // 4 + 1] = 1
     output = model(
         input_ids=work.ids_BL,
-        attention_mask=torch.ones(rows, length, dtype=torch.int64),
+        attention_mask=(torch.arange(length) < torch.tensor(work.lengths)[:, None]).long(),
         mm_token_type_ids=is_patch,
         moe_mm_token_type_ids=is_vision,
         pixel_values=work.patches_PX,
@@ -150,12 +160,12 @@ def stepper(model: torch.nn.Module, loss: Callable[[], Tensor]) -> Callable[[], 
     return step
 
 
-def compare(name: str, rows: int, length: int, steps: int) -> dict[str, Any]:
+def compare(name: str, rows: int, length: int, steps: int, is_mixed: bool) -> dict[str, Any]:
     theirs = build_theirs(name)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = load_model(folder).train()
-    work = build_work(ours, rows, length)
+    work = build_work(ours, rows, length, is_mixed)
     patch_id = ours.config.ids.image_patch
     steps_of = {
         "duomo": stepper(ours, lambda: our_loss(ours, work)),
@@ -171,9 +181,9 @@ def compare(name: str, rows: int, length: int, steps: int) -> dict[str, Any]:
     medians = {who: statistics.median(values) for who, values in seconds.items()}
     ratios = [t / o for o, t in zip(seconds["duomo"], seconds["transformers"], strict=True)]
     return {
-        "sizes": name, "rows": rows, "length": length, "pictures": rows, "steps": steps,
+        "sizes": name, "rows": rows, "lengths": work.lengths, "pictures": rows, "steps": steps,
         "parameters": sum(p.numel() for p in ours.parameters()),
-        "tokens_per_s": {who: round(rows * length / value) for who, value in medians.items()},
+        "tokens_per_s": {who: round(sum(work.lengths) / value) for who, value in medians.items()},
         "median_step_s": {who: round(value, 4) for who, value in medians.items()},
         "median_ratio": round(statistics.median(ratios), 3),
         "first_loss": {who: round(value, 6) for who, value in first.items()},
@@ -189,7 +199,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    results = [compare(name, options.rows, options.length, options.steps) for name in options.sizes]
+    results = [
+        compare(name, options.rows, options.length, options.steps, is_mixed)
+        for name in options.sizes
+        for is_mixed in (False, True)
+    ]
     text = json.dumps(results, indent=1)
     print(text)
     if options.json:
