@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import queue
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -67,10 +67,15 @@ class LLM:
         dialect: TemplateDialect | None = None,
         load: LoadMedia = load_media,
         parser: str | None = None,
+        sampling: Mapping[str, Any] | None = None,
     ) -> None:
         self.engine, self.tokenizer, self.config, self.name = engine, tokenizer, config, name
         is_text = config is not None and not config.is_multimodal
         dialect = dialect or (TemplateDialect.ERNIE_TEXT if is_text else TemplateDialect.ERNIE_VL)
+        self.sampling = dict(sampling or {})
+        self.defaults = SamplingParams(**self.sampling)
+        """Where nothing is asked: as the checkpoint's generation_config.json says, then as we do."""
+        self._raw_defaults = replace(self.defaults, thinking="off")
         self._template = ChatTemplate(tokenizer, dialect, load)
         self._parser: ParserName = _PARSERS[dialect] if parser is None else parser_named(parser)
         engine.start()
@@ -110,10 +115,11 @@ class LLM:
         CheckpointError or ConfigError if the folder holds no model that duomo runs.
         """
         from duomo.checkpoints import load_config
+        from duomo.checkpoints.generation import load_sampling
 
-        folder = _embedded() if path is None else Path(path)
+        folder = embedded_folder() if path is None else Path(path)
         tokenizer = Tokenizer.load(folder) if folder.is_dir() else _no_folder(folder)
-        config = load_config(folder)
+        config, sampling = load_config(folder), load_sampling(folder)
         options: dict[str, Any] = {
             "dtype": dtype,
             "kv_dtype": kv_dtype,
@@ -138,7 +144,7 @@ class LLM:
 
             engine, _ = open_engine(folder, tokenizer, **options)
         named = name or config.name or folder.name
-        return cls(engine, tokenizer, config, named, dialect, loader_of(folder, load), parser)
+        return cls(engine, tokenizer, config, named, dialect, loader_of(folder, load), parser, sampling)
 
     @classmethod
     def scripted(cls, tokenizer: Tokenizer, script: Script, *, name: str = "scripted", **options: Any) -> LLM:
@@ -168,14 +174,14 @@ class LLM:
         **asked: Any,
     ) -> Completion:
         """The answer to a conversation. `asked`: request_id, priority, salt, adapter."""
-        params = params or SamplingParams()
+        params = params or self.defaults
         return self._whole(self.stream(messages, params, tools, **asked), params, messages, tools)
 
     def generate(
         self, prompt: str | Sequence[int] | Prompt, params: SamplingParams | None = None, **asked: Any
     ) -> Completion:
         """Continues a text or ids as they are, without a template and without thinking."""
-        params = params or SamplingParams(thinking="off")
+        params = params or self._raw_defaults
         return self._whole(self.stream_generate(prompt, params, **asked), params, (), ())
 
     async def achat(
@@ -185,14 +191,14 @@ class LLM:
         tools: Sequence[Tool] = (),
         **asked: Any,
     ) -> Completion:
-        params = params or SamplingParams()
+        params = params or self.defaults
         deltas = [delta async for delta in self.astream(messages, params, tools, **asked)]
         return self._whole(iter(deltas), params, messages, tools)
 
     async def agenerate(
         self, prompt: str | Sequence[int] | Prompt, params: SamplingParams | None = None, **asked: Any
     ) -> Completion:
-        params = params or SamplingParams(thinking="off")
+        params = params or self._raw_defaults
         deltas = [delta async for delta in self.astream_generate(prompt, params, **asked)]
         return self._whole(iter(deltas), params, (), ())
 
@@ -206,12 +212,12 @@ class LLM:
         **asked: Any,
     ) -> Iterator[Delta]:
         """Pieces of the answer as they come; the last of each choice has a finish reason and usage."""
-        return self._stream(self._ask(messages, params or SamplingParams(), tools, **asked))
+        return self._stream(self._ask(messages, params or self.defaults, tools, **asked))
 
     def stream_generate(
         self, prompt: str | Sequence[int] | Prompt, params: SamplingParams | None = None, **asked: Any
     ) -> Iterator[Delta]:
-        return self._stream(self._ask_raw(prompt, params or SamplingParams(thinking="off"), **asked))
+        return self._stream(self._ask_raw(prompt, params or self._raw_defaults, **asked))
 
     async def astream(
         self,
@@ -221,16 +227,14 @@ class LLM:
         **asked: Any,
     ) -> AsyncIterator[Delta]:
         """`stream` for asyncio. Pictures are decoded off the event loop; closing it cancels the request."""
-        ready = await asyncio.to_thread(self._ask, messages, params or SamplingParams(), tools, **asked)
+        ready = await asyncio.to_thread(self._ask, messages, params or self.defaults, tools, **asked)
         async for delta in self._astream(ready):
             yield delta
 
     async def astream_generate(
         self, prompt: str | Sequence[int] | Prompt, params: SamplingParams | None = None, **asked: Any
     ) -> AsyncIterator[Delta]:
-        async for delta in self._astream(
-            self._ask_raw(prompt, params or SamplingParams(thinking="off"), **asked)
-        ):
+        async for delta in self._astream(self._ask_raw(prompt, params or self._raw_defaults, **asked)):
             yield delta
 
     # ---- control and questions ----
@@ -500,7 +504,8 @@ class LLM:
         return wait
 
 
-def _embedded() -> Path:
+def embedded_folder() -> Path:
+    """Where the embedded model lies."""
     found = sorted(ASSETS.glob("*/config.json")) or sorted(ASSETS.glob("config.json"))
     if not found:
         raise CheckpointError("no model is embedded in this build; name a checkpoint folder")

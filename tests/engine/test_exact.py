@@ -96,3 +96,15 @@ def test_same_text_and_another_picture_share_nothing() -> None:
         "c": answers(engine(), [first])["a"]
     }
     assert own.counters.cached_tokens == 0
+
+
+def test_a_preempted_picture_is_swapped_and_not_seen_again() -> None:
+    requests = [picture_request(f"p{i}", i, 4, 8, params=GREEDY) for i in range(6)]
+    expected = alone(requests)
+    own = engine(num_pages=12, has_prefix_cache=False)
+    copied: list[int] = []
+    copy_out = own.runner.cache.copy_out  # type: ignore[attr-defined]
+    own.runner.cache.copy_out = lambda pages: copied.append(len(pages)) or copy_out(pages)  # type: ignore[attr-defined]
+    assert answers(own, requests) == expected
+    assert own.scheduler.num_preemptions > 0 and copied
+    assert own.runner.counters()["media_encoded"] == len(requests)

@@ -333,3 +333,13 @@ def test_a_request_that_breaks_ends_alone(tokenizer: Tokenizer, monkeypatch: pyt
             llm.chat(ASK, SamplingParams(thinking="off", seed=13))
         assert llm.is_alive and llm.stats()["pages_held"] == 0
         assert llm.chat(ASK, SamplingParams(thinking="off")).text.endswith("hello world")
+
+
+@pytest.mark.parametrize(("question", "mode"), [("How many are 12 + 7?", "on"), ("Hello there", "off")])
+def test_auto_says_what_was_decided(tokenizer: Tokenizer, question: str, mode: str) -> None:
+    with saying(tokenizer, "cat", "</think>", "hello", is_thinking=mode == "on") as llm:
+        asked = [Message.of("user", question)]
+        whole = llm.chat(asked, SamplingParams(temperature=0, thinking="auto", max_tokens=9))
+        last = list(llm.stream(asked, SamplingParams(temperature=0, thinking="auto", max_tokens=9)))[-1]
+    assert whole.thinking == last.thinking == mode
+    assert (whole.usage.reasoning_tokens > 0) == (mode == "on")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,3 +101,24 @@ def test_what_cannot_be_opened_is_said(folder: Path, tmp_path: Path) -> None:
         LLM.open(folder, kv_dtype="fp4")
     with pytest.raises(EngineError, match="page_size"):
         LLM.open(folder, page_size=17, own_process=True)
+
+
+def test_what_is_asked_goes_before_generation_config_and_that_before_our_own(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    ours = SamplingParams()
+    with LLM.open(folder) as llm:
+        assert llm.defaults == ours
+    stated = {"temperature": 1.5, "top_k": 3, "max_length": 20, "top_p": 0.5}
+    (folder / "generation_config.json").write_text(json.dumps(stated))
+    with LLM.open(folder) as llm:
+        found = llm.defaults
+        assert (found.temperature, found.top_k, found.top_p) == (1.5, 3, 0.5)
+        assert found.repetition_penalty == ours.repetition_penalty
+        assert llm.generate("cat", replace(found, temperature=0.0, max_tokens=3)).usage.completion_tokens
+    (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.9}')
+    with LLM.open(folder) as llm:
+        assert llm.defaults.temperature == 0.0
+    for bad in ("[]", "{", '{"temperature": "hot"}', '{"top_p": 7}'):
+        (folder / "generation_config.json").write_text(bad)
+        with pytest.raises(CheckpointError, match="generation_config"):
+            LLM.open(folder)

@@ -19,6 +19,7 @@ from torch import nn
 
 from duomo.checkpoints.adapters import SETTINGS, WEIGHTS, read_adapter
 from duomo.errors import ConfigError
+from duomo.model.decoder import Decoder
 from duomo.model.ernie import Ernie
 from duomo.model.lowrank import adapted
 
@@ -49,7 +50,9 @@ class Adapters:
             raise ConfigError("this model takes no adapters")
         self._check_free(name)
         adapter = read_adapter(folder, self._model.config, self._model.decoder.norm.weight.dtype)
-        places = []
+        places: list[tuple[nn.Module, str, nn.Module]] = [
+            (self._model, "decoder", _layer_by_layer(self._model.decoder))
+        ]
         for path, module in adapted(self._model, adapter).items():
             parent, _, leaf = path.rpartition(".")
             places.append((self._model.get_submodule(parent), leaf, module.eval()))
@@ -125,6 +128,14 @@ class Adapters:
         if self._users[identity] <= 0 and identity not in self._identity.values():
             self._loaded.pop(identity, None)
             del self._users[identity]
+
+
+def _layer_by_layer(decoder: Decoder) -> Decoder:
+    """The same layers, each asked by its call: a decoder that is one native call would ask no module."""
+    plain = Decoder.__new__(Decoder)
+    nn.Module.__init__(plain)
+    plain.config, plain.layers, plain.norm = decoder.config, decoder.layers, decoder.norm
+    return plain
 
 
 def _hash(folder: Path) -> str:

@@ -56,7 +56,7 @@ def build_step_batch(
     """`logit_starts[i]`: logits of work i are wanted from this token of it on."""
     ids: list[int] = []
     slots, positions, feature_rows, features, wanted = [], [], [], [], []
-    tables = []
+    tables, seen = [], []
     for work, track, wanted_from in zip(works, tracks, logit_starts, strict=True):
         first_row, stop = len(ids), work.start + work.count
         sequence = work.sequence
@@ -66,6 +66,7 @@ def build_step_batch(
         positions.append(track.slice(work.start, stop))
         table = np.asarray(sequence.pages, dtype=np.int64) + 1  # page 0 is nobody's
         index = np.arange(work.start, stop)
+        seen.append(index + 1)
         slots.append(table[index // page_size] * page_size + index % page_size)
         tables.append(table)
         wanted.append(np.arange(first_row + wanted_from, first_row + work.count))
@@ -90,5 +91,7 @@ def build_step_batch(
         features_RD=torch.cat(features) if features else None,
         slots_T=torch.from_numpy(np.concatenate(slots)),
         page_table_SM=torch.from_numpy(page_table),
+        sequence_T=torch.from_numpy(np.repeat(np.arange(len(works)), [work.count for work in works])),
+        num_keys_T=torch.from_numpy(np.concatenate(seen)),
         logit_rows=torch.from_numpy(np.concatenate(wanted)),
     )

@@ -60,7 +60,8 @@ class Counters:
     accepted_drafts: int = 0
     finished: int = 0
     model_s: float = 0.0
-    scheduling_s: float = 0.0
+    scheduling_s: float = 0.0  # all of a step but the model: who runs, what is drawn, who is told
+    last_schedule_s: float = 0.0  # of it, who runs, in the latest step
 
 
 class Engine:
@@ -205,6 +206,7 @@ class Engine:
                 self._fail(work, error)
         self.counters.num_steps += 1
         self.counters.model_s += computed - scheduled
+        self.counters.last_schedule_s = scheduled - begun
         self.counters.scheduling_s += scheduled - begun + time.perf_counter() - computed
         return True
 

@@ -77,16 +77,13 @@ class PagedCache:
 
     def _attend_native(self, layer_index: int, query_TNH: Tensor, batch: Batch) -> Tensor:
         """The same three rules hold: `csrc/attention.hpp` computes every token from its own keys alone."""
-        assert batch.page_table_SM is not None
-        sequences = torch.arange(len(batch.num_new)).repeat_interleave(torch.tensor(batch.num_new))
-        seen = [
-            torch.arange(cached + 1, cached + new + 1)
-            for cached, new in zip(batch.num_cached, batch.num_new, strict=True)
-        ]
+        assert (
+            batch.page_table_SM is not None and batch.sequence_T is not None and batch.num_keys_T is not None
+        )
         scale = None if self._scale is None else self._scale[:, layer_index]
         store = self._store[:, layer_index]
         pages = (batch.page_table_SM, self.page_size)
-        out = kernels.paged_attention(query_TNH, store, scale, *pages, sequences, torch.cat(seen))
+        out = kernels.paged_attention(query_TNH, store, scale, *pages, batch.sequence_T, batch.num_keys_T)
         return out.to(query_TNH.dtype)
 
     def _write(self, layer_index: int, slots_T: Tensor, key_TGH: Tensor, value_TGH: Tensor) -> None:

@@ -46,8 +46,10 @@ class Sampler:
         banned: Sequence[int],
         allowed: npt.NDArray[np.bool_] | None,
     ) -> int:
-        if self._is_plain and not banned and allowed is None and self.params.temperature == 0:
-            return int(logits.argmax())
+        if self._is_plain and allowed is None and self.params.temperature == 0:
+            best = int(logits.argmax())
+            if best not in banned:  # the usual case, without copying a row of the vocabulary
+                return best
         scores = self._adjust(logits.astype(np.float64), banned)
         if allowed is not None:
             short = np.zeros(len(scores), dtype=np.bool_)

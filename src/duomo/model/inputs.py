@@ -32,6 +32,8 @@ class Batch:
     features_RD      picture and video features from `Ernie.encode`
     slots_T          int64, the cache slot of each new token (paged caches)
     page_table_SM    int64, pages of each sequence (paged caches)
+    sequence_T       int64, the sequence of each token (paged caches)
+    num_keys_T       int64, how many keys each token sees, itself included (paged caches)
     logit_rows       int64, tokens whose logits are wanted; None: all
     expert_ids_LTK   int64 [layers, T, K], written by the pass: the experts each token went to, in the bank of
                      its modality; layers without experts are left alone. None: nobody asks
@@ -47,6 +49,8 @@ class Batch:
     features_RD: Tensor | None = None
     slots_T: Tensor | None = None
     page_table_SM: Tensor | None = None
+    sequence_T: Tensor | None = None
+    num_keys_T: Tensor | None = None
     logit_rows: Tensor | None = None
     expert_ids_LTK: Tensor | None = None
 

@@ -88,6 +88,7 @@ class ModelFacts:
     max_model_len: int
     modalities: tuple[str, ...] = ("text", "image", "video")
     plan: Mapping[str, str] = field(default_factory=dict)  # printed at start: what was decided, and from what
+    sampling: Mapping[str, float] = field(default_factory=dict)  # the checkpoint's generation_config.json
     num_experts: tuple[int, int] | None = None  # a layer's text and vision experts; None: a dense model
 
 

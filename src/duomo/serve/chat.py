@@ -53,7 +53,7 @@ async def job_of(server: Server, call: schema.ChatRequest, job_id: str) -> tuple
     thinking = resolve(call, options.thinking, options.reasoning_max_tokens, most)  # type: ignore[arg-type]
     logprobs = (call.top_logprobs or 0) if call.logprobs else None
     tools, choice = convert.tools_of(call)
-    params = convert.params_of(call, thinking, options.seed, most, logprobs)
+    params = convert.params_of(call, thinking, options.seed, most, logprobs, server.ready().facts.sampling)
     if tools and choice not in ("auto", "none") and params.constraint is not None:
         raise invalid("a forced tool call and a constrained answer exclude each other", "response_format")
     job = Job(

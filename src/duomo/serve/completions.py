@@ -78,7 +78,10 @@ def jobs_of(server: Server, call: schema.CompletionRequest, job_id: str) -> list
         raise invalid("suffix is not something this model can do", "suffix")
     if call.best_of is not None and call.best_of != (call.n or 1):
         raise invalid("best_of other than n is not offered", "best_of")
-    params = convert.params_of(call, _OFF, server.options.seed, call.max_tokens or 16, call.logprobs)
+    defaults = server.ready().facts.sampling
+    params = convert.params_of(
+        call, _OFF, server.options.seed, call.max_tokens or 16, call.logprobs, defaults
+    )
     prompts = prompts_of(call.prompt)
     ids = [job_id] if len(prompts) == 1 else [f"{job_id}-{index}" for index in range(len(prompts))]
     more: dict[str, Any] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,8 +212,12 @@ def params_of(
     seed: int | None,
     max_tokens: int | None,
     logprobs: int | None,
+    defaults: Mapping[str, float],
 ) -> SamplingParams:
-    """Sampling as asked, our defaults elsewhere. A ConfigError of SamplingParams becomes a 400 as it is."""
+    """Sampling as asked, the checkpoint's `defaults` and then ours elsewhere.
+
+    A ConfigError of SamplingParams becomes a 400 as it is.
+    """
     wanted: dict[str, Any] = {
         name: getattr(request, name)
         for name in (
@@ -220,12 +225,13 @@ def params_of(
             "n", "min_tokens", "ignore_eos", "prompt_logprobs",
         )
     }  # fmt: skip
-    given = {name: value for name, value in wanted.items() if value is not None}
+    if request.top_k is not None:
+        wanted["top_k"] = max(0, request.top_k)
+    given = {**defaults, **{name: value for name, value in wanted.items() if value is not None}}
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
     return SamplingParams(
         **given,
         max_tokens=max_tokens,
-        top_k=max(0, request.top_k or 0),
         seed=request.seed if request.seed is not None else seed,
         stop=tuple(stop),
         stop_token_ids=tuple(request.stop_token_ids or ()),

@@ -67,6 +67,7 @@ class Model:
             llm.max_model_tokens,
             modalities,
             {"pages of keys and values": pages},
+            llm.sampling,
             _num_experts(llm),
         )
 
