@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch import nn
 
 from duomo import kernels
 from duomo.kernels import reference
@@ -68,3 +69,16 @@ def test_a_frame_does_not_see_the_other_frames(model):
         after = model.vision_tower(changed.flatten(0, 1), [VIDEO]).unflatten(0, (4, -1))
     same = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
     assert same == [True, True, False, True]
+
+
+def test_an_adapter_inside_the_tower_is_heard(stored):
+    """A module that stands in for a packed one has no packed weight: the blocks then run one by one."""
+    model = build_packed(CONFIG, stored.items())
+    block = model.vision_tower.blocks[0]
+    with torch.inference_mode():
+        fused = model.vision_tower(patches(PICTURE), [PICTURE])
+        block.fc1 = nn.Sequential(block.fc1)
+        same = model.vision_tower(patches(PICTURE), [PICTURE])
+        block.fc1 = nn.Sequential(block.fc1, nn.Threshold(0.0, 0.0))
+        other = model.vision_tower(patches(PICTURE), [PICTURE])
+    assert (fused - same).norm() / same.norm() < 1e-2 < (other - same).norm() / same.norm()

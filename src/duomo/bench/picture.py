@@ -49,24 +49,24 @@ def photograph(tokens: int, seed: int) -> ImagePart:
 
 
 class Watch:
-    """When a module last began and ended."""
+    """When a module began its first and ended its last call of a request."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.began = self.ended = 0.0
-        self.num_calls = 0
+        self.forget()
         module.register_forward_pre_hook(lambda *_: self._begin())
         module.register_forward_hook(lambda *_: self._end())
 
+    def forget(self) -> None:
+        self.began = self.ended = 0.0
+        self.num_calls = 0
+
     def _begin(self) -> None:
-        self.began = time.perf_counter()
+        if not self.num_calls:
+            self.began = time.perf_counter()
         self.num_calls += 1
 
     def _end(self) -> None:
         self.ended = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return self.ended - self.began
 
 
 class Stages:
@@ -78,29 +78,29 @@ class Stages:
         self.model: Ernie = llm.engine.runner.model
         assert self.model.vision_tower is not None and self.model.resampler is not None
         self.tower, self.resampler = Watch(self.model.vision_tower), Watch(self.model.resampler)
+        self.forward = Watch(self.model)
 
     def first_token(self, *parts: ImagePart | str) -> dict[str, Any]:
         """Seconds from the question to its first token, in all and by part."""
-        before, calls = self.llm.stats(), self.tower.num_calls
+        num_encoded = self.llm.stats()["media_encoded"]
+        for watch in (self.tower, self.resampler, self.forward):
+            watch.forget()
         began = time.perf_counter()
         answer = self.llm.chat([Message.of("user", *parts)], PARAMS)
-        total = time.perf_counter() - began
-        model_s = self.llm.stats()["model_s"] - before["model_s"]
-        seconds = {"read, resize, cut into patches, prompt": total - model_s}
-        vision_s = 0.0
-        if self.tower.num_calls > calls:
-            seconds["read, resize, cut into patches, prompt"] = self.tower.began - began
-            seconds["vision tower"], seconds["resampler"] = self.tower.seconds, self.resampler.seconds
-            vision_s = self.resampler.ended - self.tower.began
-        seconds["prefill"] = model_s - vision_s
-        seconds["first sample, text"] = max(0.0, total - sum(seconds.values()))
+        ended = time.perf_counter()
+        marks = {"read, resize, cut into patches, prompt": self.forward.began}
+        if self.tower.num_calls:
+            marks["read, resize, cut into patches, prompt"] = self.tower.began
+            marks |= {"vision tower": self.tower.ended, "resampler": self.resampler.ended}
+        marks |= {"prefill": self.forward.ended, "head, first sample, text": ended}
+        stops = list(marks.values())
         return {
-            "total_s": total,
-            "seconds": seconds,
+            "total_s": ended - began,
+            "seconds": {n: b - a for n, a, b in zip(marks, [began, *stops], stops, strict=False)},
             "prompt_tokens": answer.usage.prompt_tokens,
             "cached_tokens": answer.usage.cached_tokens,
-            "tower calls": self.tower.num_calls - calls,
-            "pictures encoded": int(self.llm.stats()["media_encoded"] - before["media_encoded"]),
+            "tower calls": self.tower.num_calls,
+            "pictures encoded": int(self.llm.stats()["media_encoded"] - num_encoded),
         }
 
 
