@@ -19,6 +19,10 @@ TYPES = {"q2_K": 10, "iq2_xxs": 16, "iq2_s": 22, "iq2_kt": 153}
 BITS = {"q2_K": 2.625, "iq2_xxs": 2.0625, "iq2_s": 2.5625, "iq2_kt": 2.125}
 
 
+class _InitParams(ctypes.Structure):
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
 class Ggml:
     """Quantizes and opens again: what a GGUF file of that type would hold."""
 
@@ -32,6 +36,10 @@ class Ggml:
         (path,) = (library for library in libraries if "libggml" in library.name)
         self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         self._library.ggml_quantize_chunk.restype = ctypes.c_size_t
+        # Fills ggml's table of float16 values; without it every scale that is read back is zero.
+        self._library.ggml_init.restype = ctypes.c_void_p
+        self._library.ggml_init.argtypes = [_InitParams]
+        self._library.ggml_init(_InitParams(1 << 20, None, False))
 
     def round_trip(self, weight: F32, kind: str, importance: F32) -> F32:
         """[N, K] as `kind` stores it, quantized with the importance [K] of each input."""
