@@ -133,7 +133,7 @@ class Process:
         self.url = f"http://127.0.0.1:{self.port}"
         self.until_ready()
 
-    def until_ready(self, seconds=40):
+    def until_ready(self, seconds=120):
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             assert self.run.poll() is None, self.said()

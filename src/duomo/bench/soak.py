@@ -263,13 +263,13 @@ def main() -> int:
 
 
 def _wait_until_ready(url: str) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"{url}/health").status_code == 200:
                 return
         time.sleep(0.2)
-    raise SystemExit("the model was not ready within 120 s")
+    raise SystemExit("the model was not ready within 300 s")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def read_streams(process, number):
     for thread in threads:
         thread.start()
     for _ in threads:
-        assert spoken.acquire(timeout=20)
+        assert spoken.acquire(timeout=60)
     return threads, ends
 
 
