@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,10 @@ from duomo.checkpoints.inventory import take_inventory
 from duomo.checkpoints.stream import load_dequantized
 from duomo.errors import CheckpointError
 from duomo.model import BankConfig, preset
+from duomo.processing.tokenizer import Tokenizer
+from duomo.quant.placeholder_tokenizer import write_placeholder_tokenizer
 from duomo.quant.plan import build_plan
+from duomo.quant.popularity import popularity
 from duomo.quant.synth import parameter_shapes, synthesize
 from tests.tiny import TINY
 
@@ -37,8 +41,8 @@ def test_it_loads_and_runs(tmp_path: Path) -> None:
     assert float((logits - model.logits([1, 5, 9, 33])).abs().mean()) < 0.1 * float(logits.std())
     expert = model.get_parameter("decoder.layers.1.mlp.text.gate_up")
     assert float(expert.std()) == pytest.approx(SMALL.initializer_range, rel=0.1)
-    assert float(model.embed.weight.std()) == pytest.approx(SMALL.initializer_range, rel=0.1)
-    assert torch.equal(model.decoder.norm.weight, torch.ones(SMALL.hidden_size))
+    assert float(model.embed.weight.std()) == pytest.approx(1.0, rel=0.1)
+    assert torch.equal(model.decoder.norm.weight.abs(), torch.full((128,), SMALL.initializer_range))
     assert model.get_parameter("decoder.layers.2.mlp.vision.router.bias").std() > 0
 
 
@@ -76,3 +80,44 @@ def test_the_28b_fits_its_budget() -> None:
     routed = [(size, shape) for name, (size, shape) in sizes.items() if name.endswith((".gate_up", ".down"))]
     bits = 8 * sum(size for size, _ in routed) / sum(torch.Size(shape).numel() for _, shape in routed)
     assert total <= 8.6e9 and text <= 6.0e9 and bits <= 2.01
+
+
+def shares_of(folder: Path, num_tokens: int = 3000) -> np.ndarray:
+    """How often text experts are chosen [layers, E] by random tokens, the most popular first."""
+    model = load_model(folder)
+    counts = []
+    for layer in model.decoder.layers[1:]:
+        bank, own = layer.mlp.text, []
+        bank.listener = own.append
+        counts.append(own)
+    ids = torch.randint(3, SMALL.vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0))
+    for chunk in ids.split(500):
+        model.logits(chunk.tolist())
+    shares = [np.bincount(torch.cat(own).flatten().numpy(), minlength=16) / num_tokens for own in counts]
+    return -np.sort(-np.array(shares), axis=1)
+
+
+def test_experts_are_as_popular_as_asked(tmp_path: Path) -> None:
+    """Through the whole model, so tokens must still differ from one another in the last layer."""
+    config = replace(SMALL, vocab_size=4096, text_experts=BankConfig(16, 64))
+    for name, skew in (("even", 0.0), ("skewed", 0.65)):
+        synthesize(config, tmp_path / name, skew=skew)
+    even, skewed = shares_of(tmp_path / "even"), shares_of(tmp_path / "skewed")
+    fair = config.num_chosen / 16
+    assert even.min() > 0.5 * fair and even.max() < 1.6 * fair
+    wanted = popularity(16, config.num_chosen, 0.65)
+    assert np.abs(skewed - wanted).mean() < 0.25 * fair
+    assert (skewed[:, 0] > 2 * fair).all()
+
+
+def test_its_tokenizer_has_the_models_ids(tmp_path: Path) -> None:
+    config = preset("vl-28b-a3b")
+    assert write_placeholder_tokenizer(tmp_path, config)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.vocab_size == config.vocab_size
+    assert tokenizer.special_id("<|IMAGE_PLACEHOLDER|>") == config.ids.image_patch
+    for name in ("image_start", "image_end", "video_start", "video_end"):
+        assert tokenizer.special_id(f"<|{name.upper()}|>") == getattr(config.ids, name)
+    assert tokenizer.decode(tokenizer.encode("Which digit? 七")) == "Which digit? 七"
+    assert tokenizer.decode([50_000]) == "<50000>"
+    assert not write_placeholder_tokenizer(tmp_path, SMALL), "no room for the pieces"

@@ -13,10 +13,15 @@ def synth(
     preset: Annotated[str, typer.Option(help="A model of the family, as vl-28b-a3b.")] = "vl-28b-a3b",
     bits: Annotated[str, typer.Option(help="The bit plan: 2, 2.3 or 4.")] = "2",
     seed: Annotated[int, typer.Option(help="Of the random codes.")] = 0,
-    skew: Annotated[float, typer.Option(help="How unevenly experts are chosen: 0 even, 1 skewed.")] = 0.0,
+    skew: Annotated[
+        float,
+        typer.Option(help="Popularity of an expert falls as rank^-SKEW: 0 even, 0.65 as in trained models."),
+    ] = 0.0,
     tokenizer: Annotated[
         Optional[Path],  # noqa: UP045 typer reads this at run time, on Python 3.10 too
-        typer.Option(help="Folder of a checkpoint whose tokenizer files are copied."),
+        typer.Option(
+            help="Folder of a checkpoint whose tokenizer files are copied; without it ids read as numbers."
+        ),
     ] = None,
 ) -> None:
     """Write a quantized checkpoint with random weights; it is marked synthetic and answers nonsense."""

@@ -3,6 +3,11 @@
 For trying a machine before the real weights are there: sizes, layout and speed are those of a real one,
 its answers mean nothing, and its config says `synthetic`. Random codes decode to weights of the right spread,
 since a trellis code's symbols are uniform. At most one decoder layer is held in memory.
+
+A deep random network maps every input to nearly the same output, and then all tokens choose the same experts.
+So what enters the residual stream (embeddings, patches) is made as large as what a norm gives, beside which
+the blocks add little: tokens stay as different as they came. The final norm flips the sign of random
+directions, or a token would answer itself.
 """
 
 from __future__ import annotations
@@ -10,16 +15,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from duomo.checkpoints.quantized import FORMAT, VERSION, Stored, write_quantized
 from duomo.errors import CheckpointError
 from duomo.model import Ernie, ModelConfig
 from duomo.quant.layer import seed_of
+from duomo.quant.placeholder_tokenizer import write_placeholder_tokenizer
 from duomo.quant.plan import BitPlan, Kind, build_plan
+from duomo.quant.popularity import correction_bias, popularity
 from duomo.trellis.code import TrellisCode
 from duomo.trellis.integer import IntTensor
 from duomo.trellis.packing import default_chain
@@ -40,9 +49,8 @@ def synthesize(
 ) -> int:
     """Writes the checkpoint and returns its bytes. `progress(bytes so far, of all)` after each file.
 
-    `skew` is the spread of the correction biases in units of 1/E: at 0 random routers spread tokens evenly,
-    at 1 some experts are chosen many times as often as others. CheckpointError if the folder holds weights,
-    or the disk has no room.
+    `skew` is the exponent by which the popularity of experts falls with their rank (`quant.popularity`); at 0
+    random routers spread tokens evenly. CheckpointError if the folder holds weights, or the disk has no room.
     """
     folder, plan = Path(folder), build_plan(bits, config)
     shapes = parameter_shapes(config)
@@ -56,6 +64,8 @@ def synthesize(
         written += write_quantized(folder / f"model-{number:05d}.safetensors", tensors)
         progress(min(written, total), total)
     _write_config(folder, config, plan, seed, skew)
+    if tokenizer is None:
+        write_placeholder_tokenizer(folder, config)
     for name in TOKENIZER_FILES:
         if tokenizer and (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
@@ -97,9 +107,9 @@ def _files(shapes: Mapping[str, Shape]) -> Iterator[list[str]]:
 def _draw(
     name: str, shape: Shape, config: ModelConfig, plan: BitPlan, skew: float, generator: np.random.Generator
 ) -> Stored:
-    kind, deviation = plan.kind_for(name, shape), config.initializer_range
+    kind, deviation = plan.kind_for(name, shape), _deviation(name, shape, config)
     if kind is Kind.PLAIN:
-        return _plain(name, shape, deviation, skew, generator)
+        return _plain(name, shape, config, skew, generator)
     words = name.split(".")
     in_layer = words[:2] == ["decoder", "layers"]
     seed = seed_of(".".join(words[3:]), int(words[2])) if in_layer else seed_of(name, -1)
@@ -113,14 +123,43 @@ def _draw(
     return IntTensor(levels, np.full(shape[:-1], deviation / spread, np.float16), bits, seed)
 
 
-def _plain(name: str, shape: Shape, deviation: float, skew: float, generator: np.random.Generator) -> Stored:
+def _deviation(name: str, shape: Shape, config: ModelConfig) -> float:
+    if name == "embed.weight":
+        return 1.0
+    return shape[-1] ** -0.5 if name == "vision_tower.patch_embed.weight" else config.initializer_range
+
+
+def _plain(
+    name: str, shape: Shape, config: ModelConfig, skew: float, generator: np.random.Generator
+) -> Stored:
     if name.endswith("router.bias"):
-        return torch.from_numpy(generator.standard_normal(shape, np.float32)) * (skew / shape[0])
+        return _router_bias(shape[0], config, skew, generator)
     if name.endswith(".bias"):
         return torch.zeros(shape)
+    if name == "decoder.norm.weight":
+        signs = torch.from_numpy(generator.integers(0, 2, shape, np.int8) * np.float32(2) - 1)
+        return signs * (config.initializer_range if config.tie_embeddings else 1.0)
     if "norm" in name.rsplit(".", 2)[-2]:
         return torch.ones(shape)
-    return torch.from_numpy(generator.standard_normal(shape, np.float32)) * deviation
+    drawn = torch.from_numpy(generator.standard_normal(shape, np.float32))
+    return drawn * _deviation(name, shape, config)
+
+
+def _router_bias(
+    num_experts: int, config: ModelConfig, skew: float, generator: np.random.Generator
+) -> Stored:
+    """Zero, or favours in an order that is each bank's own."""
+    order = generator.permutation(num_experts)
+    if not skew:
+        return torch.zeros(num_experts)
+    return torch.from_numpy(_favours(num_experts, config, skew)[order])
+
+
+@lru_cache(maxsize=4)
+def _favours(num_experts: int, config: ModelConfig, skew: float) -> npt.NDArray[np.float32]:
+    shares = popularity(num_experts, config.num_chosen, skew)
+    deviation = config.initializer_range * config.hidden_size**0.5  # a norm gives the router unit inputs
+    return correction_bias(shares, config.num_chosen, deviation, seed=0)
 
 
 def _trellis(
