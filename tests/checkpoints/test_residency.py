@@ -15,8 +15,9 @@ import torch
 
 from duomo.checkpoints import load_model
 from duomo.checkpoints.inventory import VISION_PARTS
-from duomo.checkpoints.pages import PAGE, Range, cached_bytes, mapped_bytes
-from duomo.checkpoints.residency import Residency
+from duomo.checkpoints.pages import PAGE, Range, cached_bytes, drop, let_go
+from duomo.checkpoints.pressure import is_short_of_memory
+from duomo.checkpoints.residency import PRESSED_IDLE_S, Residency
 from duomo.model import BankConfig, Ernie, VisionConfig
 from duomo.quant.synth import synthesize
 from tests.tiny import TINY
@@ -92,7 +93,7 @@ def test_a_picture_brings_them_in_and_idleness_lets_them_go(model: Ernie) -> Non
 def test_letting_go_changes_no_answer(model: Ernie) -> None:
     before = model.logits(TEXT)
     residency = Residency(model)
-    assert residency.enforce_cap(0) > 0
+    residency.cap(0).close()
     assert resident(residency, "text experts") < 0.05 * residency.pools["text experts"].num_bytes
     assert torch.equal(before, model.logits(TEXT))
 
@@ -112,21 +113,39 @@ def test_a_picture_is_read_ahead(model: Ernie) -> None:
     assert residency.report()["vision tower"]["idle_s"] is not None
 
 
-def test_a_cap_keeps_the_experts_most_used(model: Ernie) -> None:
-    residency = Residency(model)
-    for start in range(0, 60, 5):
-        model.logits(list(range(start + 1, start + 9)))
-    counts = residency.routing_counts()["decoder.layers.1.mlp.text"]
-    assert sum(counts) == 12 * 8 * CONFIG.num_chosen
-    held = sum(int(row["resident_bytes"] or 0) for row in residency.report().values())
-    expert = 3 * 256 * 256 // 4
-    freed = residency.enforce_cap(held - 3 * expert)
-    assert 3 * expert <= freed + 8 * PAGE <= 5 * expert
-    all_counts = [count for bank in residency.routing_counts().values() for count in bank]
-    ranked = sorted(residency._experts(), key=lambda item: item[0])
-    assert mapped_bytes(ranked[-1][1]), "the most used expert stays"
-    gone = [count for count, ranges in ranked if not mapped_bytes(ranges)]
-    assert max(gone) <= sorted(all_counts)[len(gone)]
+def test_memory_outside_files_is_never_let_go() -> None:
+    """Anonymous memory that is let go comes back as zeros: a copy of weights would be lost."""
+    copy = np.full(8 * PAGE, 7, np.uint8)
+    for give_up in (let_go, drop):
+        give_up([Range.of(copy)])
+        assert (copy == 7).all()
+
+
+def test_short_memory_lets_idle_pools_go_sooner(model: Ernie) -> None:
+    now, is_short = [0.0], [False]
+    residency = Residency(model, clock=lambda: now[0], is_pressed=lambda: is_short[0])
+    look(model)
+    now[0] = PRESSED_IDLE_S
+    assert residency.tidy(idle_s=300) == []
+    is_short[0] = True
+    assert set(residency.tidy(idle_s=300)) == set(VISION_PARTS)
+    assert residency.gauges()["pools_let_go"] == 3
+    assert resident(residency, "vision tower") == 0
+
+
+@pytest.mark.parametrize(
+    ("available_kb", "avg10", "expected"), [(8_000_000, "0.00", False), (400_000, "0.00", True),
+                                            (8_000_000, "35.10", True)]
+)  # fmt: skip
+def test_what_counts_as_short(tmp_path: Path, available_kb: int, avg10: str, expected: bool) -> None:
+    pressure = tmp_path / "proc/pressure/memory"
+    pressure.parent.mkdir(parents=True)
+    pressure.write_text(f"some avg10={avg10} avg60=0.00 avg300=0.00 total=9\nfull avg10=0.00 total=1\n")
+    (tmp_path / "proc/meminfo").write_text(
+        f"MemTotal:       16000000 kB\nMemFree:  100 kB\nMemAvailable:   {available_kb} kB\n"
+    )
+    assert is_short_of_memory(tmp_path) is expected
+    assert not is_short_of_memory(tmp_path / "nowhere")
 
 
 def test_ranges_are_cut_to_whole_pages() -> None:

@@ -19,7 +19,7 @@ from duomo.processing.tokenizer import Tokenizer
 from duomo.quant.placeholder_tokenizer import write_placeholder_tokenizer
 from duomo.quant.plan import build_plan
 from duomo.quant.popularity import popularity
-from duomo.quant.synth import parameter_shapes, synthesize
+from duomo.quant.synth import ENTRY, parameter_shapes, synthesize
 from tests.tiny import TINY
 
 SMALL = replace(
@@ -41,7 +41,7 @@ def test_it_loads_and_runs(tmp_path: Path) -> None:
     assert float((logits - model.logits([1, 5, 9, 33])).abs().mean()) < 0.1 * float(logits.std())
     expert = model.get_parameter("decoder.layers.1.mlp.text.gate_up")
     assert float(expert.std()) == pytest.approx(SMALL.initializer_range, rel=0.1)
-    assert float(model.embed.weight.std()) == pytest.approx(1.0, rel=0.1)
+    assert float(model.embed.weight.std()) == pytest.approx(ENTRY, rel=0.1)
     assert torch.equal(model.decoder.norm.weight.abs(), torch.full((128,), SMALL.initializer_range))
     assert model.get_parameter("decoder.layers.2.mlp.vision.router.bias").std() > 0
 
@@ -104,7 +104,7 @@ def test_experts_are_as_popular_as_asked(tmp_path: Path) -> None:
         synthesize(config, tmp_path / name, skew=skew)
     even, skewed = shares_of(tmp_path / "even"), shares_of(tmp_path / "skewed")
     fair = config.num_chosen / 16
-    assert even.min() > 0.5 * fair and even.max() < 1.6 * fair
+    assert even.min() > 0.7 * fair and even.max() < 1.4 * fair
     wanted = popularity(16, config.num_chosen, 0.65)
     assert np.abs(skewed - wanted).mean() < 0.25 * fair
     assert (skewed[:, 0] > 2 * fair).all()

@@ -1,23 +1,28 @@
-"""Pages of memory-mapped weights: which are in memory, and advice to the system about them.
+"""Pages of mapped weights: which are in memory, and advice to the system about them.
 
-Wraps madvise, mincore and /proc/self/pagemap for ranges of addresses. Advice is only ever advice: where the
-system has none of these calls, nothing happens and counts are None. Ranges given up are cut inward to whole
-pages, so a neighbour sharing a page keeps it.
+Wraps madvise, posix_fadvise, mincore and /proc/self/pagemap for ranges of addresses. Advice is only ever
+advice: where the system has none of these calls, nothing happens and counts are None. Ranges given up are
+cut inward to whole pages, so a neighbour sharing a page keeps it. Only pages that lie in a file are ever
+given up: memory without one (a copy on huge pages, say) would come back as zeros.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 
 PAGE = mmap.PAGESIZE
-WILLNEED, DONTNEED, COLD = 3, 4, 20  # Linux
+RANDOM, WILLNEED, DONTNEED, COLD, POPULATE_READ = 1, 3, 4, 20, 22  # Linux
 _IS_LINUX = sys.platform.startswith("linux")
 _PRESENT = np.uint64(1 << 63)  # of an entry of /proc/self/pagemap
 
@@ -47,19 +52,67 @@ class Range:
         return start, max(0, (self.address + self.num_bytes) // PAGE * PAGE - start)
 
 
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """One line of /proc/self/maps that belongs to a file."""
+
+    start: int
+    stop: int
+    offset: int
+    path: str
+
+
+def file_mappings() -> list[Mapping]:
+    """Of this process, in order of address; empty where the system does not tell."""
+    found = []
+    with suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            fields = line.rstrip("\n").split(maxsplit=5)
+            if len(fields) == 6 and fields[4] != "0":  # an inode: it lies in a file
+                start, stop = (int(part, 16) for part in fields[0].split("-"))
+                found.append(Mapping(start, stop, int(fields[2], 16), fields[5]))
+    return found
+
+
 def ask_for(ranges: Iterable[Range]) -> None:
     """Starts reading the ranges from disk; returns at once."""
     _advise((item.outer for item in ranges), WILLNEED)
 
 
-def let_go(ranges: Iterable[Range]) -> None:
+def bring_in(ranges: Iterable[Range]) -> None:
+    """Reads the ranges and maps them; returns when they are in memory."""
+    pieces = [item.outer for item in ranges]
+    _advise(pieces, WILLNEED)  # everything is asked for before anything is waited for
+    for start, length in pieces:
+        if not _advise([(start, length)], POPULATE_READ):  # Linux before 5.14, other systems: touch each page
+            touched = (ctypes.c_ubyte * length).from_address(start)
+            np.asarray(touched)[::PAGE].max()
+
+
+def expect_single_reads(ranges: Iterable[Range]) -> None:
+    """A fault in the ranges shall bring in its own page and not its neighbours."""
+    _advise((item.outer for item in ranges), RANDOM)
+
+
+def let_go(ranges: Iterable[Range], mappings: list[Mapping] | None = None) -> None:
     """Takes the ranges out of this process; their pages are the first to be reused. Reading maps them again.
 
-    Neighbours are joined, so that a page shared by two of the ranges goes too.
+    Neighbours are joined, so that a page shared by two of the ranges goes too. `mappings` spares a look at
+    `file_mappings` to who lets go often.
     """
-    pieces = [item.inner for item in joined(ranges)]
+    pieces = [(start, length) for start, length, _, _ in _in_files(ranges, mappings)]
     _advise(pieces, COLD)
     _advise(pieces, DONTNEED)
+
+
+def drop(ranges: Iterable[Range], mappings: list[Mapping] | None = None) -> None:
+    """`let_go`, and out of the system's file cache too, unless another process maps them."""
+    pieces = list(_in_files(ranges, mappings))
+    _advise([(start, length) for start, length, _, _ in pieces], DONTNEED)
+    if hasattr(os, "posix_fadvise"):
+        for _, length, path, offset in pieces:
+            with suppress(OSError):
+                os.posix_fadvise(_descriptor(path), offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def joined(ranges: Iterable[Range]) -> list[Range]:
@@ -111,12 +164,36 @@ def cached_bytes(ranges: Iterable[Range]) -> int | None:
 _BYTES = ctypes.POINTER(ctypes.c_ubyte)
 
 
-def _advise(pieces: Iterable[tuple[int, int]], advice: int) -> None:
-    libc = _libc()
+def _in_files(ranges: Iterable[Range], mappings: list[Mapping] | None) -> Iterator[tuple[int, int, str, int]]:
+    """(start, length, path, offset in the file) of the whole pages of the ranges that lie in a file."""
+    mappings = file_mappings() if mappings is None else mappings
+    starts = [mapping.start for mapping in mappings]
+    for item in joined(ranges):
+        start, length = item.inner
+        stop, index = start + length, bisect_right(starts, start) - 1
+        for mapping in mappings[max(0, index) :]:
+            low, high = max(start, mapping.start), min(stop, mapping.stop)
+            if mapping.start >= stop:
+                break
+            if low < high:
+                yield low, high - low, mapping.path, mapping.offset + low - mapping.start
+
+
+@cache
+def _descriptor(path: str) -> int:
+    """Stays open: a handful of files, and a capped model drops pieces of them all the time."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _advise(pieces: Iterable[tuple[int, int]], advice: int) -> bool:
+    """Whether the system took all of it; refusal changes nothing."""
+    libc, is_taken = _libc(), True
     for start, length in pieces:
         if libc is not None and length:
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)  # refusal changes nothing
+            is_taken &= libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice) == 0
+    return is_taken and libc is not None
 
 
+@cache
 def _libc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None, use_errno=True) if _IS_LINUX else None

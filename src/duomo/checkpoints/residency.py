@@ -2,7 +2,8 @@
 
 A packed model reads its file's own pages, so text alone never brings in a vision expert, the tower or the
 resampler. `expect_picture` starts reading those the moment a picture arrives; `let_go_idle` gives them up
-after a while; `enforce_cap` keeps the experts that live routing chose most. All of it is advice about clean
+after a while, and sooner when the machine is short of memory; `cap` keeps the experts that live routing
+chooses most and has the others read when they are chosen (`hot_experts`). All of it is advice about clean
 file pages: nothing is ever lost, and a wrong guess costs one read.
 """
 
@@ -18,12 +19,18 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from duomo.checkpoints.hot_experts import Bank, HotExperts
 from duomo.checkpoints.inventory import VISION_PARTS, part_of
 from duomo.checkpoints.pages import Range, ask_for, cached_bytes, let_go, mapped_bytes
+from duomo.checkpoints.pressure import is_short_of_memory
 from duomo.kernels import Int8Weight, TrellisWeight
 from duomo.model import Ernie
 from duomo.model.packed import PackedExperts
 from duomo.trellis import TrellisBank
+
+EXPERT_PARTS = ("text experts", "vision experts")
+PRESSED_IDLE_S = 10.0
+"""Idle pools go this soon when the machine is short of memory."""
 
 
 @dataclass
@@ -39,26 +46,27 @@ class Pool:
         return sum(item.num_bytes for item in self.ranges)
 
 
-@dataclass
-class _Bank:
-    """A bank's experts one by one, and how often each was chosen."""
-
-    experts: list[list[Range]]
-    counts: npt.NDArray[np.int64]
-
-
 class Residency:
     """Of one packed model. Plain weights (routers, norms, biases) are ordinary memory and not counted.
 
-    `clock` is for tests. Methods may be called from any thread: they read counts and give advice.
+    `clock` and `is_pressed` are for tests. Methods may be called from any thread: they read counts and give
+    advice.
     """
 
-    def __init__(self, model: Ernie, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        model: Ernie,
+        clock: Callable[[], float] = time.monotonic,
+        is_pressed: Callable[[], bool] = is_short_of_memory,
+    ) -> None:
+        self._clock, self._is_pressed = clock, is_pressed
         self._closed = threading.Event()
         self._keeper: threading.Thread | None = None
         self.pools: dict[str, Pool] = {}
-        self._banks: dict[str, _Bank] = {}
+        self.banks: dict[str, Bank] = {}
+        self.hot: HotExperts | None = None  # under a cap
+        self.cap_bytes: int | None = None
+        self.num_let_go = 0
         for name, module in model.named_modules():
             part = part_of(f"{name}.weight")
             for array in _arrays(module):
@@ -72,10 +80,13 @@ class Residency:
             model.vision_tower.register_forward_pre_hook(lambda module, inputs: self._mark_vision())
 
     def expect_picture(self) -> None:
-        """Starts reading everything a picture needs; returns at once. Call it before decoding the picture."""
+        """Starts reading everything a picture needs; returns at once. Call it before decoding the picture.
+
+        Under a cap vision experts are not among it: they are read as they are chosen, like the others.
+        """
         self._mark_vision()
         for part in VISION_PARTS:
-            if part in self.pools:
+            if part in self.pools and not (self.hot and part in EXPERT_PARTS):
                 ask_for(self.pools[part].ranges)
 
     def let_go_idle(self, idle_s: float) -> list[str]:
@@ -84,38 +95,39 @@ class Residency:
         for part in VISION_PARTS:
             pool = self.pools.get(part)
             if pool and pool.last_used is not None and self._clock() - pool.last_used >= idle_s:
-                let_go(pool.ranges)
                 pool.last_used = None
+                if not (self.hot and part in EXPERT_PARTS):  # there the cap decides
+                    let_go(pool.ranges)
                 gone.append(part)
+        self.num_let_go += len(gone)
         return gone
 
-    def enforce_cap(self, cap_bytes: int) -> int:
-        """Lets go of the least chosen experts while pools hold more than `cap_bytes`; returns bytes freed.
+    def cap(self, cap_bytes: int, is_strict: bool = False) -> HotExperts:
+        """Holds weights to `cap_bytes` from now on: what is no routed expert stays, experts share the rest.
 
-        Everything but routed experts stays, so a cap below that has no further effect. Where the system
-        does not tell what is in memory, all ranges count as held.
+        The caller's forward pass must bring experts in by `hot` before it computes; one that does not reads
+        them page by page, slowly but rightly. `is_strict`: what goes leaves the system's cache too.
         """
-        held = sum(_held(pool.ranges) for pool in self.pools.values())
-        freed = 0
-        victims: list[Range] = []
-        for _, ranges in sorted(self._experts(), key=lambda item: item[0]):
-            if held - freed <= cap_bytes:
-                break
-            size = _held(ranges)
-            victims += ranges
-            freed += size
-        let_go(victims)
-        return freed
+        assert self.hot is None, "already capped"
+        self.cap_bytes = cap_bytes
+        self.hot = HotExperts(self.banks, lambda: cap_bytes - self._fixed_bytes(), is_strict)
+        return self.hot
 
-    def keep(self, idle_s: float, cap_bytes: int | None = None, period_s: float = 5.0) -> None:
-        """Lets go of what is idle, and holds to the cap, from a thread of its own until `close`."""
+    def tidy(self, idle_s: float) -> list[str]:
+        """What the keeper does now and then: lets idle pools go, sooner under pressure, and holds the cap."""
+        gone = self.let_go_idle(min(idle_s, PRESSED_IDLE_S) if self._is_pressed() else idle_s)
+        if self.hot is not None:
+            self.hot.shrink()
+            self.hot.forget_a_little()
+        return gone
+
+    def keep(self, idle_s: float, period_s: float = 5.0) -> None:
+        """Calls `tidy` from a thread of its own until `close`."""
         assert self._keeper is None, "already kept"
 
         def watch() -> None:
             while not self._closed.wait(period_s):
-                self.let_go_idle(idle_s)
-                if cap_bytes is not None:
-                    self.enforce_cap(cap_bytes)
+                self.tidy(idle_s)
 
         self._keeper = threading.Thread(target=watch, name="duomo-residency", daemon=True)
         self._keeper.start()
@@ -124,6 +136,8 @@ class Residency:
         self._closed.set()
         if self._keeper is not None:
             self._keeper.join()
+        if self.hot is not None:
+            self.hot.close()
 
     def report(self) -> dict[str, dict[str, Any]]:
         """By part: bytes in the file, held by this process, cached by the system; seconds since use."""
@@ -138,19 +152,33 @@ class Residency:
         }
 
     def gauges(self) -> dict[str, int]:
-        """`resident_text_experts_bytes` and so on: what this process holds of each part."""
-        return {
+        """`resident_text_experts_bytes` and so on: what this process holds; and the cap's work."""
+        values = {
             f"resident_{pool.name.replace(' ', '_')}_bytes": _held(pool.ranges)
             for pool in self.pools.values()
         }
+        values["pools_let_go"] = self.num_let_go
+        if self.hot is not None and self.cap_bytes is not None:
+            values |= {
+                "weights_cap_bytes": self.cap_bytes,
+                "expert_held_bytes": self.hot.held_bytes,
+                "expert_read_bytes": self.hot.read_bytes,
+                "expert_hits": self.hot.num_hits,
+                "expert_misses": self.hot.num_misses,
+            }
+        return values
 
     def routing_counts(self) -> dict[str, list[int]]:
         """How often each expert of each bank was chosen since the start."""
-        return {name: bank.counts.tolist() for name, bank in self._banks.items()}
+        return {name: bank.counts.tolist() for name, bank in self.banks.items()}
 
-    def _experts(self) -> Iterator[tuple[int, list[Range]]]:
-        for bank in self._banks.values():
-            yield from zip(bank.counts.tolist(), bank.experts, strict=True)
+    def _fixed_bytes(self) -> int:
+        """Of pools that stay whole: all but experts, those for pictures only while they are in use."""
+        return sum(
+            pool.num_bytes
+            for pool in self.pools.values()
+            if pool.name not in EXPERT_PARTS and (pool.name not in VISION_PARTS or pool.last_used is not None)
+        )
 
     def _mark_vision(self) -> None:
         for part in VISION_PARTS:
@@ -165,10 +193,10 @@ class Residency:
             [Range.of(part) for half in halves for part in (half.codes[e], half.row_scale[e])]
             for e in range(count)
         ]
-        bank = self._banks[name] = _Bank(experts, np.zeros(count, np.int64))
+        bank = self.banks[name] = Bank.of(experts)
 
         def count_choices(expert_ids_TK: Tensor) -> None:
-            bank.counts += np.bincount(expert_ids_TK.flatten().numpy(), minlength=count)
+            bank.count(np.bincount(expert_ids_TK.flatten().numpy(), minlength=count))
 
         module.listener = count_choices
 

@@ -95,3 +95,11 @@ def build_step_batch(
         num_keys_T=torch.from_numpy(np.concatenate(seen)),
         logit_rows=torch.from_numpy(np.concatenate(wanted)),
     )
+
+
+_NO_EXPERT = 255
+
+
+def no_choice(config: ModelConfig, num_tokens: int) -> Tensor:
+    """[layers, T, K] for a pass to write its choices into."""
+    return torch.full((config.num_layers, num_tokens, max(1, config.num_chosen)), _NO_EXPERT)

@@ -200,6 +200,9 @@ class Engine:
         logits = self.runner.execute(step, starts)
         computed = time.perf_counter()
         for work, first, rows in zip(step.works, starts, logits, strict=True):
+            work.sequence.unfinished = work if rows is None else None
+            if rows is None:
+                continue
             try:
                 self._take(work, first, rows, step.traces.get(work.sequence.request.request_id))
             except Exception as error:  # a grammar that breaks half-way, say: its request ends, no other

@@ -69,7 +69,9 @@ def open_engine(
     )
     runner.residency = residency_of(model)
     if runner.residency is not None:
-        runner.residency.keep(weights_idle_s, weights_cap_bytes)
+        runner.residency.keep(weights_idle_s)
+        if weights_cap_bytes is not None:
+            runner.set_cap(weights_cap_bytes)
     engine = build_engine(
         runner,
         Vocabulary.of(tokenizer),

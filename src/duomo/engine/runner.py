@@ -17,12 +17,12 @@ import torch
 
 from duomo.checkpoints.residency import Residency
 from duomo.engine.adapters import Adapters
-from duomo.engine.batch import Track, build_step_batch
+from duomo.engine.batch import Track, build_step_batch, no_choice
 from duomo.engine.features import FeatureCache
 from duomo.engine.kv import PagedCache
+from duomo.engine.patience import PatientForward
 from duomo.engine.request import ExpertTrace, MediaBlob
 from duomo.engine.scheduler import Sequence, Step, Work
-from duomo.model.config import ModelConfig
 from duomo.model.ernie import Ernie
 from duomo.model.inputs import Batch
 from duomo.processing.patches import normalize
@@ -35,8 +35,10 @@ class Runner(Protocol):
     vocab_size: int
     adapters: Adapters
 
-    def execute(self, step: Step, logit_starts: Seq[int]) -> list[Floats]:
-        """Logits [rows, V] of every work, from its `logit_starts` token on."""
+    def execute(self, step: Step, logit_starts: Seq[int]) -> Seq[Floats | None]:
+        """Logits [rows, V] of every work, from its `logit_starts` token on. None: the work has to come again,
+        the same object, since weights it needs are still on their way into memory.
+        """
         ...
 
     def forget(self, sequence: Sequence) -> None:
@@ -66,19 +68,26 @@ class ModelRunner:
         self.cache = PagedCache(model.config, num_pages, page_size, kv_dtype)
         self.features = FeatureCache(feature_bytes, feature_folder, fingerprint)
         self.residency: Residency | None = None  # of packed weights; set by whoever opened them
+        self.patient: PatientForward | None = None  # under a cap on them
         self.adapters = Adapters(self.model)
         self._tracks: dict[str, Track] = {}
         self._swapped: dict[str, list[torch.Tensor]] = {}
 
+    def set_cap(self, cap_bytes: int, is_strict: bool = False) -> None:
+        """Holds packed weights to `cap_bytes`; see `Residency.cap`."""
+        assert self.residency is not None, "plain weights are all in memory"
+        hot = self.residency.cap(cap_bytes, is_strict)
+        self.patient = PatientForward(self.model, self.cache, self.cache.page_size, hot)
+
     @torch.inference_mode()
-    def execute(self, step: Step, logit_starts: Seq[int]) -> list[Floats]:
+    def execute(self, step: Step, logit_starts: Seq[int]) -> Seq[Floats | None]:
         for sequence, pages in step.swap_out:
             kept = self.cache.copy_out([page + 1 for page in pages])
             self._swapped[sequence.request.request_id] = kept
         for sequence, pages in step.swap_in:
             kept = self._swapped.pop(sequence.request.request_id)
             self.cache.copy_in([page + 1 for page in pages], kept)
-        pieces: list[Floats] = [np.empty((0, self.vocab_size), dtype=np.float32)] * len(step.works)
+        pieces: list[Floats | None] = [None] * len(step.works)
         for adapter in dict.fromkeys(work.sequence.request.adapter for work in step.works):
             chosen = [i for i, work in enumerate(step.works) if work.sequence.request.adapter == adapter]
             chosen.sort(key=lambda i: step.works[i].count)  # equal counts side by side
@@ -89,15 +98,19 @@ class ModelRunner:
                 pieces[i] = piece
         return pieces
 
-    def _forward(self, works: Seq[Work], starts: Seq[int], traces: dict[str, ExpertTrace]) -> list[Floats]:
+    def _forward(
+        self, works: Seq[Work], starts: Seq[int], traces: dict[str, ExpertTrace]
+    ) -> Seq[Floats | None]:
         tracks = [self._track(work.sequence) for work in works]
         for work, track in zip(works, tracks, strict=True):
             for index in track.media_in(work.start, work.start + work.count):
                 if index not in track.features:
                     track.features[index] = self._features(track.media[index], work.sequence.request.adapter)
+        if self.patient is not None:
+            return self._forward_patiently(self.patient, works, starts, traces)
         batch = build_step_batch(works, tracks, self.model.config, self.cache.page_size, starts)
         if any(work.sequence.request.params.return_experts for work in works):
-            batch = replace(batch, expert_ids_LTK=_no_choice(self.model.config, len(batch.ids_T)))
+            batch = replace(batch, expert_ids_LTK=no_choice(self.model.config, len(batch.ids_T)))
         logits = self.model.unembed(self.model(batch, self.cache)).float().numpy()
         if batch.expert_ids_LTK is not None:
             traces.update(_traces(works, batch))
@@ -109,7 +122,28 @@ class ModelRunner:
             self._drop_features(work.sequence, work.start + work.count)
         return pieces
 
+    def _forward_patiently(
+        self, patient: PatientForward, works: Seq[Work], starts: Seq[int], traces: dict[str, ExpertTrace]
+    ) -> list[Floats | None]:
+        arrived = patient.run(works, [self._track(work.sequence) for work in works], starts)
+        done = [each.hidden_TD for each in arrived if each is not None]
+        logits = self.model.unembed(torch.cat(done)).float().numpy() if done else None
+        pieces: list[Floats | None] = []
+        row = 0
+        for work, each in zip(works, arrived, strict=True):
+            if each is None or logits is None:
+                pieces.append(None)
+                continue
+            pieces.append(logits[row : row + len(each.hidden_TD)])
+            row += len(each.hidden_TD)
+            if each.batch.expert_ids_LTK is not None:
+                traces.update(_traces([work], each.batch))
+            self._drop_features(work.sequence, work.start + work.count)
+        return pieces
+
     def forget(self, sequence: Sequence) -> None:
+        if self.patient is not None:
+            self.patient.forget(sequence.request.request_id)
         self._tracks.pop(sequence.request.request_id, None)
         self._swapped.pop(sequence.request.request_id, None)
 
@@ -124,6 +158,7 @@ class ModelRunner:
             "kv_bytes": self.cache.num_bytes,
             "swapped": len(self._swapped),
             **(self.residency.gauges() if self.residency else {}),
+            **({"expert_stops": self.patient.num_stops} if self.patient else {}),
         }
 
     def _track(self, sequence: Sequence) -> Track:
@@ -147,14 +182,6 @@ class ModelRunner:
         for index in list(track.features):
             if track.media[index].start + track.media[index].num_tokens <= stop:
                 del track.features[index]
-
-
-_NO_EXPERT = 255
-
-
-def _no_choice(config: ModelConfig, num_tokens: int) -> torch.Tensor:
-    """[layers, T, K] for a pass to write its choices into."""
-    return torch.full((config.num_layers, num_tokens, max(1, config.num_chosen)), _NO_EXPERT)
 
 
 def _traces(works: Seq[Work], batch: Batch) -> dict[str, ExpertTrace]:

@@ -34,6 +34,7 @@ class Sequence:
     num_named: int = 0  # pages whose content is known by a key
     drafts: list[int] = field(default_factory=list)
     num_swapped: int = 0  # pages out on the host; 0: none
+    unfinished: Work | None = None  # stopped on its way through the layers; comes again as it is
     num_preempted: int = 0
     max_tokens: int = 1
 
@@ -143,6 +144,9 @@ class Scheduler:
 
     def _plan(self, step: Step, sequence: Sequence, room: int) -> int:
         """Adds a sequence's next tokens to the step, making room for their pages. Returns how many."""
+        if sequence.unfinished is not None:
+            step.works.append(sequence.unfinished)
+            return sequence.unfinished.count
         pending = len(sequence.ids) - sequence.num_computed
         drafts = tuple(sequence.drafts)[: max(0, min(room, self._room_in_context(sequence)) - pending)]
         count = min(pending + len(drafts), room)
@@ -167,6 +171,7 @@ class Scheduler:
         return True
 
     def _preempt(self, step: Step, victim: Sequence) -> None:
+        victim.unfinished = None
         planned = [work for work in step.works if work.sequence is victim]
         for work in planned:
             step.works.remove(work)

@@ -48,12 +48,16 @@ class Ernie(nn.Module):
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Final hidden states [T, D], or [len(logit_rows), D] where the batch asks for some rows only."""
-        hidden_TD = self.embed(batch.ids_T)
+        hidden_TD = self.decoder(self.enter(batch), batch, cache)
+        return hidden_TD if batch.logit_rows is None else hidden_TD[batch.logit_rows]  # type: ignore[no-any-return]
+
+    def enter(self, batch: Batch) -> Tensor:
+        """What goes into the first layer [T, D]: embeddings, and features in the places of media."""
+        hidden_TD: Tensor = self.embed(batch.ids_T)
         if batch.feature_rows is not None and batch.features_RD is not None:
             features_RD = batch.features_RD.to(hidden_TD.dtype)
             hidden_TD = hidden_TD.index_copy(0, batch.feature_rows, features_RD)
-        hidden_TD = self.decoder(hidden_TD, batch, cache)
-        return hidden_TD if batch.logit_rows is None else hidden_TD[batch.logit_rows]  # type: ignore[no-any-return]
+        return hidden_TD
 
     def encode(self, patches_PX: Tensor, grids: Sequence[GridLike]) -> Tensor:
         """Normalised patches [P, 588] of pictures and videos, in prompt order -> features [R, D]."""

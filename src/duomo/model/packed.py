@@ -73,15 +73,17 @@ class PackedExperts(nn.Module):
     def forward(
         self, hidden_TD: Tensor, chosen_TK: Tensor | None = None, rows: Tensor | None = None
     ) -> Tensor:
-        router = self.router
-        routing = kernels.packed_route(
-            hidden_TD, router.weight, router.bias, router.num_chosen, router.norm_min
-        )
+        routing = self.route(hidden_TD)
         if self.listener is not None:
             self.listener(routing.expert_ids_TK)
         note_choice(routing.expert_ids_TK, chosen_TK, rows)
         chosen = (routing.expert_ids_TK, routing.weights_TK)
         return kernels.packed_experts(hidden_TD, *chosen, self.gate_up, self.down)
+
+    def route(self, hidden_TD: Tensor) -> kernels.Routing:
+        """What the router says alone; nobody hears of it."""
+        router = self.router
+        return kernels.packed_route(hidden_TD, router.weight, router.bias, router.num_chosen, router.norm_min)
 
 
 class PackedMLP(nn.Module):

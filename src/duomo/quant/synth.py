@@ -4,9 +4,9 @@ For trying a machine before the real weights are there: sizes, layout and speed 
 its answers mean nothing, and its config says `synthetic`. Random codes decode to weights of the right spread,
 since a trellis code's symbols are uniform. At most one decoder layer is held in memory.
 
-A deep random network maps every input to nearly the same output, and then all tokens choose the same experts.
-So what enters the residual stream (embeddings, patches) is made as large as what a norm gives, beside which
-the blocks add little: tokens stay as different as they came. The final norm flips the sign of random
+A deep random network maps every input to nearly the same output, and then all tokens choose the same
+experts. So what enters the residual stream (embeddings, patches, features) is made large, beside which the
+blocks add little: tokens stay as different as they came. The final norm flips the sign of random
 directions, or a token would answer itself.
 """
 
@@ -35,6 +35,7 @@ from duomo.trellis.packing import default_chain
 from duomo.trellis.tensor import TrellisBank, TrellisTensor
 
 Shape = tuple[int, ...]
+ENTRY = 4.0  # spread of what enters the residual stream; a block adds about 0.1, and 56 of them add up
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -125,8 +126,10 @@ def _draw(
 
 def _deviation(name: str, shape: Shape, config: ModelConfig) -> float:
     if name == "embed.weight":
-        return 1.0
-    return shape[-1] ** -0.5 if name == "vision_tower.patch_embed.weight" else config.initializer_range
+        return ENTRY
+    return (
+        ENTRY * shape[-1] ** -0.5 if name == "vision_tower.patch_embed.weight" else config.initializer_range
+    )
 
 
 def _plain(
@@ -139,6 +142,8 @@ def _plain(
     if name == "decoder.norm.weight":
         signs = torch.from_numpy(generator.integers(0, 2, shape, np.int8) * np.float32(2) - 1)
         return signs * (config.initializer_range if config.tie_embeddings else 1.0)
+    if name == "resampler.norm.weight":
+        return torch.full(shape, ENTRY)
     if "norm" in name.rsplit(".", 2)[-2]:
         return torch.ones(shape)
     drawn = torch.from_numpy(generator.standard_normal(shape, np.float32))
