@@ -87,10 +87,10 @@ class LLM:
         *,
         dtype: str = "auto",
         kv_dtype: str = "auto",
-        kv_bytes: int = 512 << 20,
+        kv_bytes: int | None = None,
         page_size: int = 16,
         max_model_tokens: int | None = None,
-        max_sequences: int = 64,
+        max_sequences: int | None = None,
         max_step_tokens: int = 512,
         has_prefix_cache: bool = True,
         num_drafts: int = 0,
@@ -102,16 +102,19 @@ class LLM:
         own_process: bool = False,
         weights_idle_s: float = 300.0,
         weights_cap_bytes: int | None = None,
+        ram_bytes: int | None = None,
     ) -> LLM:
         """Opens a checkpoint folder; None opens the embedded model.
 
         dtype "auto" computes in fp32 below a billion parameters and in the file's dtype above; kv_dtype is
-        float32, bfloat16, int8 or auto (as the model computes). `num_drafts` > 0 turns speculation on;
+        float32, bfloat16, int8 or auto (bfloat16 from a billion parameters on, else as the model computes).
+        `num_drafts` > 0 turns speculation on;
         `parser` names the reader of answers (`processing.reasoning`), else the dialect's own does it.
         `load` decodes pictures and videos (`processing.decoding` does it in other processes).
         `own_process` runs the engine in a process of its own, whose death ends every open request.
         Packed weights are read when needed: those for pictures leave memory `weights_idle_s` after the last
-        one, and above `weights_cap_bytes` the experts chosen least do.
+        one, and above `weights_cap_bytes` the experts chosen least do. `ram_bytes` is all that duomo may use:
+        pages, requests and a cap on weights follow from it; without it pages follow from what is available.
         CheckpointError or ConfigError if the folder holds no model that duomo runs.
         """
         from duomo.checkpoints import load_config
@@ -133,6 +136,7 @@ class LLM:
             "feature_folder": str(feature_folder) if feature_folder else None,
             "weights_idle_s": weights_idle_s,
             "weights_cap_bytes": weights_cap_bytes,
+            "ram_bytes": ram_bytes,
         }
         engine: Engine | EngineProcess
         if own_process:

@@ -1,22 +1,31 @@
 """`python -m duomo.bench.memory CHECKPOINT`: what of a quantized model is in memory, step by step.
 
-Loads a multimodal checkpoint (a `duomo synth` one will do), runs text, then a picture, lets the idle pools go
-and sets a cap; after each it prints the resident memory of the process and of each pool.
+Opens a multimodal checkpoint (a `duomo synth` one will do) as `duomo ask` does, answers a question that
+fills the context, then one about a picture, then touches every page that any picture could need, and lets
+the idle pools go. After each step: the resident memory of the process, and of each pool. The process's own
+memory, pages of keys and values included, is all that is not in a pool.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import platform
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
+from PIL import Image
 
-from duomo.checkpoints import load_model
-from duomo.checkpoints.residency import Residency, residency_of
-from duomo.processing.prompt import Grid, MediaSpan
+from duomo.checkpoints.inventory import VISION_PARTS
+from duomo.checkpoints.pages import bring_in
+from duomo.engine.request import SamplingParams
+from duomo.llm import LLM
+from duomo.processing.messages import ImagePart, Message
 
 SEED = 20261124
-GRID = Grid(1, 16, 16)  # a picture of 64 tokens
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, thinking="off")
 
 
 def resident_bytes() -> int:
@@ -27,39 +36,62 @@ def resident_bytes() -> int:
     raise AssertionError("this system does not tell the resident memory")
 
 
-def line(after: str, residency: Residency) -> str:
-    pools = {name: pool["resident_bytes"] >> 20 for name, pool in residency.report().items()}
-    held = ", ".join(f"{name} {size}" for name, size in pools.items())
-    return f"{after}: {resident_bytes() >> 20} MiB; {held}"
+def random_ids(llm: LLM, count: int, seed: int = SEED) -> list[int]:
+    """Plain text tokens drawn at random: with random weights, as even a load as there is."""
+    assert llm.config is not None
+    low, high = 3, min(llm.config.ids.image_patch, llm.config.vocab_size) - 16
+    return [int(token) for token in np.random.default_rng(seed).integers(low, high, count)]
+
+
+def noise_picture(side_px: int, seed: int = SEED) -> ImagePart:
+    pixels = np.random.default_rng(seed).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
+    stream = BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return ImagePart(stream.getvalue())
+
+
+def snapshot(llm: LLM, after: str) -> dict[str, Any]:
+    assert llm.residency is not None
+    pools = {name: int(row["resident_bytes"] or 0) for name, row in llm.residency.report().items()}
+    total = resident_bytes()
+    found = {"after": after, "process_bytes": total, "own_bytes": total - sum(pools.values()), "pools": pools}
+    held = ", ".join(f"{name} {size >> 20}" for name, size in pools.items())
+    print(f"{after}: {total / 1e9:.2f} GB; MiB of it: {held}", flush=True)
+    return found
+
+
+def run(checkpoint: Path, context: int, side_px: int) -> dict[str, Any]:
+    steps = []
+    with LLM.open(checkpoint, max_model_tokens=4096, max_sequences=1) as llm:
+        if llm.residency is None or not llm.has_vision:
+            raise SystemExit("give a quantized multimodal checkpoint, such as `duomo synth` writes")
+        steps.append(snapshot(llm, "opening"))
+        llm.generate(random_ids(llm, context - 16), GREEDY)
+        steps.append(snapshot(llm, f"{context:,} tokens of text"))
+        answer = llm.chat([Message.of("user", noise_picture(side_px), "What is this?")], GREEDY)
+        steps.append(snapshot(llm, f"a picture of {answer.usage.image_tokens} tokens"))
+        pools = llm.residency.pools
+        bring_in(item for name in ("text experts", *VISION_PARTS) for item in pools[name].ranges)
+        steps.append(snapshot(llm, "touching every page of experts, tower and resampler"))
+        llm.residency.let_go_idle(0.0)
+        steps.append(snapshot(llm, "letting idle pools go"))
+    return {
+        "checkpoint": checkpoint.name,
+        "machine": platform.processor() or platform.machine(),
+        "steps": steps,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--tokens", type=int, default=256, help="tokens of the text")
-    parser.add_argument("--cap-gb", type=float, default=5.0, help="cap set at the end, in GB")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of the text")
+    parser.add_argument("--side", type=int, default=448, help="side of the picture in pixels")
+    parser.add_argument("--json", type=Path, help="file for the raw values")
     options = parser.parse_args()
-    model = load_model(options.checkpoint)
-    residency = residency_of(model)
-    if residency is None or not model.config.is_multimodal:
-        parser.error("give a quantized multimodal checkpoint, such as `duomo synth` writes")
-    ids, generator = model.config.ids, torch.Generator().manual_seed(SEED)
-    print(line("loaded", residency))
-    text = torch.randint(3, ids.image_patch, (options.tokens,), generator=generator).tolist()
-    model.logits(text)
-    print(line(f"after {options.tokens} text tokens", residency))
-    residency.expect_picture()
-    prompt = [ids.bos, ids.image_start, *[ids.image_patch] * GRID.num_tokens, ids.image_end]
-    patches = torch.randn((GRID.num_patches, 588), generator=generator)
-    model.logits(prompt, [MediaSpan(2, GRID)], patches)
-    print(line(f"after a picture of {GRID.num_tokens} tokens", residency))
-    residency.let_go_idle(0.0)
-    print(line("idle pools let go", residency))
-    residency.enforce_cap(int(options.cap_gb * 1e9))
-    print(line(f"cap of {options.cap_gb:g} GB", residency))
-    model.logits(text)
-    residency.enforce_cap(int(options.cap_gb * 1e9))
-    print(line("the text again, under the cap", residency))
+    found = run(options.checkpoint, options.context, options.side)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,21 @@ def memory_bytes_per_s(num_bytes: int = MEMORY_BYTES, repeats: int = 3) -> float
     return buffer.nbytes / best
 
 
+def gpu_bytes_per_s(num_bytes: int = MEMORY_BYTES) -> float | None:
+    """Of the first GPU, by sums over a buffer; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    buffer = torch.ones(num_bytes // 4, dtype=torch.float32, device="cuda")
+    best = float("inf")
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        buffer.sum()
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return buffer.nbytes / best
+
+
 def disk_bytes_per_s(path: Path, num_bytes: int = DISK_BYTES) -> float:
     """Reads the head of a file in order, after asking the system to forget it (which it may refuse)."""
     with path.open("rb", buffering=0) as file:

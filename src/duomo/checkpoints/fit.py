@@ -85,6 +85,41 @@ def fit(inventory: Inventory, ram_bytes: int) -> Fit:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class GpuFit:
+    """Bytes by part that a GPU would hold, what stays in the machine's memory, the context beside them."""
+
+    held: dict[str, int]
+    left_bytes: int
+    longest_context_tokens: int
+    read_bytes: int  # of what is held, for one token of text
+
+
+def fit_gpu(inventory: Inventory, gpu_bytes: int) -> GpuFit:
+    """Parts in order of how much of them a token reads; experts in part where they do not fit whole.
+
+    Pages for a usual context come first. Parts that only pictures read come last.
+    """
+    config = inventory.config
+    kv_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2
+    free = gpu_bytes - PROCESS_BYTES - min(USUAL_CONTEXT, config.max_positions) * kv_bytes
+    read = read_per_token(inventory)
+    if "head" not in inventory.parts and "head" in read:
+        read["embeddings"] = read.pop("head")
+    held, read_bytes, left = {}, 0.0, 0
+    ordered = sorted(inventory.parts, key=lambda part: -read.get(part, 0) / inventory.parts[part].num_bytes)
+    for part in ordered:
+        size = inventory.parts[part].num_bytes
+        taken = size if size <= free else max(0, free) if part in ("text experts", "vision experts") else 0
+        if taken:
+            held[part] = taken
+        free -= taken
+        left += size - taken
+        read_bytes += read.get(part, 0) * taken / size
+    tokens = min(USUAL_CONTEXT, config.max_positions) + max(0, free) // kv_bytes
+    return GpuFit(held, left, max(0, min(tokens, config.max_positions)), max(1, round(read_bytes)))
+
+
 def read_per_token(inventory: Inventory) -> dict[str, int]:
     """Bytes of weights that decoding one token of text reads, by part (an embedding is one row)."""
     config = inventory.config

@@ -22,6 +22,7 @@ def ask(
     thinking_budget: Annotated[int | None, typer.Option(help="Most tokens of thinking.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens in all.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draw.")] = None,
+    ram: Annotated[str | None, typer.Option(help="Memory that duomo may use, as 5G.")] = None,
     engine: Annotated[str, typer.Option(help="model, or scripted for fixed text.")] = "model",
 ) -> int:
     """Ask one question, about pictures or without, and print the answer."""
@@ -37,7 +38,7 @@ def ask(
     params = params_of(thinking, thinking_budget, max_tokens, seed)
     media = [*(part_of(p, "image") for p in image or []), *(part_of(p, "video") for p in video or [])]
     quiet = not sys.stdout.isatty()
-    talk = Talk.open(model, engine, Console(soft_wrap=True, highlight=False))
+    talk = Talk.open(model, engine, Console(soft_wrap=True, highlight=False), ram)
     try:
         talk.history.append(user_turn(text, media))
         said = talk.answer(params, shows_thinking=not quiet)

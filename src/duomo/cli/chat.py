@@ -119,6 +119,7 @@ def chat(
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of one answer.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
+    ram: Annotated[str | None, typer.Option(help="Memory that duomo may use, as 5G.")] = None,
     engine: Annotated[str, typer.Option(help="model, or scripted for fixed text.")] = "model",
 ) -> None:
     """Talk in the terminal, with /image PATH and /video PATH."""
@@ -128,7 +129,7 @@ def chat(
 
     from duomo.cli.talk import Talk
 
-    talk = Talk.open(model, engine, Console(soft_wrap=True, highlight=False))
+    talk = Talk.open(model, engine, Console(soft_wrap=True, highlight=False), ram)
     try:
         room = Chat(talk, max_tokens, seed)
         room.say(f"{talk.backend.facts.name}. /help lists the commands.", "dim")

@@ -44,9 +44,11 @@ class Talk:
     history: list[Message] = field(default_factory=list)
 
     @classmethod
-    def open(cls, model: str | None, engine: str, console: Console) -> Talk:
+    def open(cls, model: str | None, engine: str, console: Console, ram: str | None = None) -> Talk:
+        """One person asks, so one process and one request at a time; `ram` as in `duomo serve --ram`."""
         loop = asyncio.new_event_loop()
-        backend = loop.run_until_complete(load_backend(checked(Options(model=model, engine=engine))))
+        options = Options(model=model, engine=engine, ram=ram, max_num_seqs=1, engine_process=False)
+        backend = loop.run_until_complete(load_backend(checked(options)))
         return cls(backend, console, loop)
 
     def close(self) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from duomo.checkpoints import load_config, load_model
+from duomo.checkpoints.inventory import take_inventory
 from duomo.checkpoints.residency import residency_of
+from duomo.checkpoints.settings import settle
 from duomo.engine.engine import Engine, build_engine
 from duomo.engine.runner import ModelRunner
 from duomo.engine.vocabulary import Vocabulary
@@ -27,20 +29,22 @@ def open_engine(
     *,
     dtype: str,
     kv_dtype: str,
-    kv_bytes: int,
+    kv_bytes: int | None,
     page_size: int,
     max_model_tokens: int | None,
-    max_sequences: int,
+    max_sequences: int | None,
     max_step_tokens: int,
     has_prefix_cache: bool,
     num_drafts: int,
     feature_folder: str | None,
     weights_idle_s: float = 300.0,
     weights_cap_bytes: int | None = None,
+    ram_bytes: int | None = None,
 ) -> tuple[Engine, ModelConfig]:
     """Packed weights for pictures leave memory `weights_idle_s` after the last one; above `weights_cap_bytes`
-    the experts chosen least do. ConfigError for options that cannot be right, CheckpointError for a folder
-    that is no model.
+    the experts chosen least do. What is None is settled from `ram_bytes`, or from the memory there is
+    (`checkpoints.settings`). ConfigError for options that cannot be right, CheckpointError for a folder that
+    is no model, or one that cannot run in the memory.
     """
     if dtype not in (*_DTYPES, "auto"):
         raise ConfigError(f"dtype is {dtype}; it must be auto, float32 or bfloat16")
@@ -49,11 +53,17 @@ def open_engine(
     if page_size not in (8, 16, 32, 64, 128, 256):
         raise ConfigError(f"page_size is {page_size}; it must be 8, 16, 32, 64, 128 or 256")
     config = load_config(folder)
+    inventory = take_inventory(folder)
+    settings = settle(inventory, ram_bytes, kv_bytes, max_sequences)
+    kv_bytes, max_sequences = settings.kv_bytes, settings.max_sequences
+    if weights_cap_bytes is None:
+        weights_cap_bytes = settings.weights_cap_bytes
     model = load_model(folder, _DTYPES.get(dtype))
     if dtype == "auto" and sum(parameter.numel() for parameter in model.parameters()) < _SMALL:
         model = model.float()
     if kv_dtype == "auto":
-        kv_dtype = "float32" if model.decoder.norm.weight.dtype == torch.float32 else "bfloat16"
+        is_wide = model.decoder.norm.weight.dtype == torch.float32
+        kv_dtype = "float32" if is_wide and inventory.total.parameters < _SMALL else "bfloat16"
     most = min(max_model_tokens or config.max_positions, config.max_positions)
     num_pages = num_pages_in(kv_bytes, config, kv_dtype, page_size)
     num_pages = min(num_pages, -(-most // page_size) * max_sequences)

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from duomo.checkpoints.fit import parse_bytes
 from duomo.engine.request import Constraint, Delta, TokenLogprob
 from duomo.errors import PromptError
 from duomo.llm import LLM, Question
@@ -33,11 +34,13 @@ async def open_backend(options: Options) -> Backend:
         "max_step_tokens": options.max_num_batched_tokens,
         "page_size": options.block_size,
         "feature_folder": options.encoder_cache_dir,
+        "kv_bytes": None if options.kv_mb is None else options.kv_mb << 20,
+        "ram_bytes": None if options.ram is None else parse_bytes(options.ram),
     }
     asked = {name: value for name, value in given.items() if value is not None}
     asked |= {
         "has_prefix_cache": options.enable_prefix_caching,
-        "kv_bytes": options.kv_mb << 20,
+        "weights_idle_s": options.weights_idle_s,
         "num_drafts": options.num_drafts,
         "parser": options.reasoning_parser,
         "own_process": options.engine_process,

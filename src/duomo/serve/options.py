@@ -41,7 +41,16 @@ class Options:
     max_num_seqs: int | None = flag(None, "Requests decoded together.", low=1)
     max_num_batched_tokens: int | None = flag(None, "Tokens of one step, prefill chunks included.", low=16)
     block_size: int | None = flag(None, "Tokens of one page of keys and values.", low=1)
-    kv_mb: int = flag(512, "Megabytes for keys and values.", low=1)
+    kv_mb: int | None = flag(
+        None, "Megabytes for keys and values; from the memory there is without it.", low=1
+    )
+    ram: str | None = flag(
+        None,
+        "All memory duomo may use, as 5G; below the model's size experts are read from disk when chosen.",
+    )
+    weights_idle_s: float = flag(
+        300.0, "Seconds after the last picture until weights for pictures leave memory.", low=0
+    )
     kv_cache_dtype: str | None = flag(
         None, "Keys and values as float32, bfloat16 or int8.", choices=("float32", "bfloat16", "int8")
     )

@@ -39,10 +39,20 @@ def serve(argv: Sequence[str]) -> int:
     for note in options.notes:
         print(f"duomo: {note}", file=sys.stderr)
     if options.engine == "model" and options.model:
-        from duomo.checkpoints import load_config  # torch comes with it
-
-        load_config(options.model)  # a wrong folder is told at once, before the port is open
+        _foresee(Path(options.model), options.ram)
     return asyncio.run(run(options, load_backend))
+
+
+def _foresee(folder: Path, ram: str | None) -> None:
+    """Says what `duomo plan` says; a wrong folder or one too large is told here, before the port is open."""
+    from duomo.checkpoints.fit import parse_bytes  # torch comes with it
+    from duomo.checkpoints.forecast import forecast, lines
+    from duomo.checkpoints.inventory import take_inventory
+    from duomo.checkpoints.settings import settle
+
+    settings = settle(take_inventory(folder), parse_bytes(ram) if ram else None)
+    facts = forecast(folder, settings.ram_bytes, measures_disk=settings.weights_cap_bytes is not None)
+    print("\n".join(f"duomo: {line}" for line in lines(facts)), file=sys.stderr)
 
 
 async def load_backend(options: Options) -> Backend:
