@@ -287,6 +287,13 @@ class LLM:
         """Gauges and counters of the engine; names are those of `Engine.stats`."""
         return self.engine.stats()
 
+    def expect_picture(self) -> None:
+        """Says that a picture is on its way: the disk reads what it needs meanwhile. Returns at once.
+
+        Every call with pictures does so by itself before it decodes them.
+        """
+        self.engine.expect_picture()
+
     def reset_caches(self) -> None:
         """Forgets prefixes and pictures in memory."""
         self.engine.reset_caches()
@@ -342,7 +349,7 @@ class LLM:
         **asked: Any,
     ) -> list[Asked]:
         if any(not isinstance(part, TextPart) for message in messages for part in message.parts):
-            self.engine.expect_picture()
+            self.expect_picture()
         is_thinking = self._thinks(messages, params, tools)
         prompt, is_open = self._prompt(messages, tools, is_thinking)
         return self._ready(prompt, params, is_open, self._parser, bool(tools), **asked)

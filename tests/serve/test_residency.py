@@ -1,14 +1,21 @@
 """A quantized checkpoint on disk, opened and served: the answers, and what of it is in memory when."""
 
+import base64
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from duomo.checkpoints.residency import Residency
+from duomo.engine.request import SamplingParams
 from duomo.llm import LLM
 from duomo.model import BankConfig, SpecialIds, VisionConfig
+from duomo.processing.messages import ImagePart, Message
+from duomo.processing.tokenizer import Tokenizer
 from duomo.quant.synth import synthesize
+from duomo.serve import convert
 from duomo.serve.engine import Model
 from duomo.serve.options import Options
 from tests.serve.conftest import Running, picture_url
@@ -78,6 +85,49 @@ def test_what_is_in_memory(folder: Path) -> None:
         assert after_picture["vision tower"] > 0 and after_picture["resampler"] > 0
         assert running.ask(**GREEDY).json()["choices"] == first.json()["choices"]
         assert "resident_vision_tower_bytes" in running.client.get("/load").json()
+        said = running.client.get("/metrics").text
+        assert 'part="vision_tower"' in said and "duomo:weight_pools_let_go" in said
+    finally:
+        running.stop()
+        running.backend.llm.close()
+
+
+def test_weights_are_asked_for_before_the_picture_is_fetched(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The advice is given when the request arrives: before the picture is fetched, decoded or tokenized."""
+    order: list[str] = []
+
+    def note(what: str, owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def noted(*args: Any, **named: Any) -> Any:
+            order.append(what)
+            return original(*args, **named)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note("asked", Residency, "expect_picture")
+    note("fetched", convert, "fetch")
+    note("tokenized", Tokenizer, "encode")
+    content = [
+        {"type": "image_url", "image_url": {"url": picture_url()}},
+        {"type": "text", "text": "yes or no?"},
+    ]
+    running = Running(Model(LLM.open(folder, max_model_tokens=512)), Options())
+    try:
+        order.clear()
+        assert running.ask(content, **GREEDY).status_code == 200
+        assert order[0] == "asked" and order.index("fetched") < order.index("tokenized")
+        order.clear()
+        data = base64.b64decode(picture_url().partition(",")[2])
+        running.backend.llm.chat(
+            [Message.of("user", ImagePart(data), "yes or no?")], SamplingParams(max_tokens=1)
+        )
+        assert order[0] == "asked" and "tokenized" in order
+        order.clear()
+        assert running.ask(**GREEDY).status_code == 200
+        assert "asked" not in order
     finally:
         running.stop()
         running.backend.llm.close()

@@ -133,6 +133,10 @@ class Backend(Protocol):
         """Numbers of this moment: running, waiting, kv_usage (0 to 1) and counters of caches."""
         ...
 
+    def expect_picture(self) -> None:
+        """A picture is on its way: what reading it needs may be made ready. Returns at once."""
+        ...
+
     def residency(self) -> Mapping[str, Mapping[str, float | None]]:
         """By part of the model: bytes, resident_bytes, cached_bytes, idle_s. Empty where all is memory."""
         ...

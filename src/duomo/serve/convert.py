@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ class MediaRules:
     most: dict[str, int]
     defaults: schema.MediaKwargs
     total_bytes: int = 128 << 20  # of one request
+    on_arrival: Callable[[], None] = lambda: None  # told of media before they are fetched
 
 
 async def messages_of(request: schema.ChatRequest, rules: MediaRules) -> tuple[Message, ...]:
@@ -40,6 +41,8 @@ async def messages_of(request: schema.ChatRequest, rules: MediaRules) -> tuple[M
     if not request.messages:
         raise invalid("messages is empty; give at least one", "messages")
     _check_limits(request.messages, rules.most)
+    if any(_has_media(message) for message in request.messages):
+        rules.on_arrival()
     kwargs = _merged(rules.defaults, request.mm_processor_kwargs)
     turns = [_turn(message, index, kwargs, rules.fetch) for index, message in enumerate(request.messages)]
     messages = tuple(await asyncio.gather(*turns))
@@ -50,6 +53,11 @@ async def messages_of(request: schema.ChatRequest, rules: MediaRules) -> tuple[M
             f"the request's media are over {most_mb:g} MB together; send fewer or smaller ones"
         )
     return messages
+
+
+def _has_media(message: schema.ChatMessage) -> bool:
+    parts = message.content if isinstance(message.content, list) else []
+    return any(isinstance(part, (schema.ImageContent, schema.VideoContent)) for part in parts)
 
 
 def _check_limits(messages: list[schema.ChatMessage], most: dict[str, int]) -> None:

@@ -148,6 +148,9 @@ class Model:
             "feature_queries": hits + stats.get("media_encoded", 0.0),
         }
 
+    def expect_picture(self) -> None:
+        self.llm.expect_picture()
+
     def residency(self) -> Mapping[str, Mapping[str, float | None]]:
         return self.llm.residency_report()
 

@@ -27,6 +27,11 @@ _ENGINE_COUNTERS = {
     "feature_queries": ("vllm:mm_cache_queries", "Pictures looked up in the feature cache."),
     "feature_hits": ("vllm:mm_cache_hits", "Pictures found in the feature cache."),
     "preemptions": ("vllm:num_preemptions", "Requests set back for want of pages."),
+    "pools_let_go": ("duomo:weight_pools_let_go", "Pools of weights given up when idle or short of memory."),
+    "expert_hits": ("duomo:expert_hits", "Chosen experts that were in memory (under a cap)."),
+    "expert_misses": ("duomo:expert_misses", "Chosen experts that were on disk (under a cap)."),
+    "expert_read_bytes": ("duomo:expert_read_bytes", "Bytes of experts read from disk (under a cap)."),
+    "expert_stops": ("duomo:expert_stops", "Times a request stayed behind for an expert, others going on."),
 }
 
 
@@ -39,6 +44,12 @@ class Metrics:
         self._engine_seen: dict[str, float] = {}
         self._gauges = {key: self._gauge(*row) for key, row in _GAUGES.items()}
         self._engine = {key: self._counter(*row) for key, row in _ENGINE_COUNTERS.items()}
+        self._resident = Gauge(
+            "duomo:resident_weight_bytes",
+            "Packed weights in memory, by part.",
+            ["model_name", "part"],
+            registry=self.registry,
+        )
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens.")
         self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens made.")
         self.cached_tokens = self._counter("vllm:prompt_tokens_cached", "Prompt tokens not computed again.")
@@ -61,6 +72,10 @@ class Metrics:
         """The text of /metrics, with the backend's numbers of this moment."""
         for key, gauge in self._gauges.items():
             gauge.set(now.get(key, 0.0))
+        for key, value in now.items():
+            if key.startswith("resident_") and key.endswith("_bytes"):
+                part = key.removeprefix("resident_").removesuffix("_bytes")
+                self._resident.labels(self._model, part).set(value)
         for key, counter in self._engine.items():
             grown = now.get(key, 0.0) - self._engine_seen.get(key, 0.0)
             counter.inc(max(0.0, grown))

@@ -84,6 +84,8 @@ class Scripted:
     def gauges(self) -> Mapping[str, float]:
         return {"running": len(self._hurried), "waiting": 0, "kv_usage": len(self._hurried) / 256}
 
+    def expect_picture(self) -> None: ...
+
     def residency(self) -> Mapping[str, Mapping[str, float | None]]:
         return {}
 

@@ -69,9 +69,14 @@ class Server:
             {"image": 16, "video": 2, **self.options.limit_mm_per_prompt},
             defaults,
             int(self.options.media_total_mb * (1 << 20)),
+            self._expect_picture,
         )
         if self.backend is not None and self.state == "loading":
             self.state = "ready"
+
+    def _expect_picture(self) -> None:
+        if self.backend is not None:
+            self.backend.expect_picture()
 
     @property
     def model_name(self) -> str:
