@@ -80,7 +80,7 @@ def test_a_cap_changes_no_answer(world: type[World]) -> None:
 def test_the_cap_is_held(tmp_path: Path) -> None:
     """By what is mapped, with experts far larger than what a fault maps around itself."""
     bank = BankConfig(16, 2048)
-    synthesize(replace(CONFIG, text_experts=bank, vision_experts=bank), tmp_path)
+    synthesize(replace(CONFIG, text_experts=bank, vision_experts=bank, shared_size=2048), tmp_path)
     size = 16 * EXPERT_BYTES - 15 * 2 * 256  # the scales of `down` are no more than before
     capped = World(tmp_path, num_experts=10 * size // EXPERT_BYTES, is_strict=True)
     hot = capped.residency.hot

@@ -59,8 +59,12 @@ def beside_a_prompt_s(llm: LLM, num_tokens: int, seed: int) -> list[float]:
     return [later - sooner for sooner, later in pairwise(times[4:])]
 
 
+def weights_cap(checkpoint: Path, ram_bytes: int) -> int | None:
+    return settle(take_inventory(checkpoint), ram_bytes).weights_cap_bytes
+
+
 def measure(checkpoint: Path, ram_bytes: int | None, num_tokens: int, warm_up: int) -> dict[str, Any]:
-    cap = settle(take_inventory(checkpoint), ram_bytes).weights_cap_bytes if ram_bytes else None
+    cap = weights_cap(checkpoint, ram_bytes) if ram_bytes else None
     with open_model(checkpoint, cap) as llm:
         decode_s(llm, warm_up, seed=1)
         before = llm.stats()

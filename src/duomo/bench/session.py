@@ -1,7 +1,7 @@
-"""`python -m duomo.bench.session CHECKPOINT --picture docs/pictures/residency.png`: memory over a session, drawn.
+"""`python -m duomo.bench.session CHECKPOINT --picture OUT.png`: resident weights over a session, drawn.
 
-Text, a question about a picture, silence until the idle pools are let go, text again; what is resident by part
-is sampled all the while. Needs matplotlib for the drawing; `--json` keeps the samples.
+Text, a question about a picture, silence until the idle pools are let go, text again; what is resident by
+part is sampled all the while. Needs matplotlib for the drawing; `--json` keeps the samples.
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ def draw(found: dict[str, Any], target: Path) -> None:
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(
-        "VL-28B at 2 bits: weights for pictures come with a picture and leave after it", fontsize=11
-    )
+    axes.set_title("VL-28B at 2 bits: weights for pictures come and go with pictures", fontsize=11)
     figure.tight_layout()
     figure.savefig(target)
 
