@@ -74,6 +74,12 @@ def file_mappings() -> list[Mapping]:
     return found
 
 
+def whole_files(ranges: Iterable[Range]) -> list[Range]:
+    """The mappings of the files that the ranges lie in, each once and whole."""
+    paths = {path for _, _, path, _ in _in_files(ranges, None)}
+    return [Range(each.start, each.stop - each.start) for each in file_mappings() if each.path in paths]
+
+
 def ask_for(ranges: Iterable[Range]) -> None:
     """Starts reading the ranges from disk; returns at once."""
     _advise((item.outer for item in ranges), WILLNEED)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from duomo.checkpoints.hot_experts import Bank, HotExperts
 from duomo.checkpoints.inventory import VISION_PARTS, part_of
-from duomo.checkpoints.pages import Range, ask_for, cached_bytes, let_go, mapped_bytes
+from duomo.checkpoints.pages import Range, ask_for, cached_bytes, let_go, mapped_bytes, whole_files
 from duomo.checkpoints.pressure import is_short_of_memory
 from duomo.kernels import Int8Weight, TrellisWeight
 from duomo.model import Ernie
@@ -73,9 +73,8 @@ class Residency:
                 self.pools.setdefault(part, Pool(part)).ranges.append(Range.of(array))
             if isinstance(module, PackedExperts):
                 self._watch_bank(name, module)
-        for part in VISION_PARTS:  # loading unpacked a piece or two; give back what came with them
-            if part in self.pools:
-                let_go(self.pools[part].ranges)
+        # Loading read headers, plain tensors and a piece or two more; none of it is needed any longer.
+        let_go(whole_files(item for pool in self.pools.values() for item in pool.ranges))
         if model.vision_tower is not None:
             model.vision_tower.register_forward_pre_hook(lambda module, inputs: self._mark_vision())
 

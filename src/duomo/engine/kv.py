@@ -9,7 +9,9 @@ Page 0 belongs to nobody: padding reads from it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,8 +32,8 @@ class PagedCache:
         assert KEY_BLOCK % page_size == 0, f"a page of {page_size} tokens does not divide {KEY_BLOCK}"
         self.page_size, self.dtype = page_size, _DTYPES[dtype]
         shape = (config.num_layers, (num_pages + 1) * page_size, config.num_kv_heads)
-        self._store = torch.zeros(2, *shape, config.head_dim, dtype=self.dtype)
-        self._scale = torch.zeros(2, *shape) if self.dtype is torch.int8 else None
+        self._store = _untouched_zeros((2, *shape, config.head_dim), self.dtype)
+        self._scale = _untouched_zeros((2, *shape), torch.float32) if self.dtype is torch.int8 else None
 
     @property
     def num_bytes(self) -> int:
@@ -130,3 +132,9 @@ class PagedCache:
         out = (out / total)[:, :, :num_rows].unflatten(2, (num_new, share))
         packed: Tensor = out.permute(0, 2, 1, 3, 4).reshape(num_seqs * num_new, num_heads, head_dim)
         return packed
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that cost memory only where they are written: torch.zeros would touch every page at once."""
+    num_bytes = prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)

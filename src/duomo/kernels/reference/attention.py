@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 
 def attention(query_TNH: Tensor, key_UGH: Tensor, value_UGH: Tensor, is_causal: bool = True) -> Tensor:
@@ -18,7 +17,7 @@ def attention(query_TNH: Tensor, key_UGH: Tensor, value_UGH: Tensor, is_causal: 
     num_new, num_all = query_TNH.shape[0], key_UGH.shape[0]
     query, key, value = (x.transpose(0, 1)[None] for x in (query_TNH, key_UGH, value_UGH))
     # One query sees every key, and equal lengths have torch's own causal path; only a chunk needs a mask.
-    mask = causal_lower_right(num_new, num_all) if is_causal and 1 < num_new < num_all else None
+    mask = _lower_right(num_new, num_all) if is_causal and 1 < num_new < num_all else None
     out = F.scaled_dot_product_attention(
         query,
         key,
@@ -28,3 +27,10 @@ def attention(query_TNH: Tensor, key_UGH: Tensor, value_UGH: Tensor, is_causal: 
         enable_gqa=query_TNH.shape[1] != key_UGH.shape[1],
     )
     return out[0].transpose(0, 1)
+
+
+def _lower_right(num_new: int, num_all: int) -> Tensor:
+    # Imported late: it brings in torch's compiler, half of the time and 70 MB of what importing duomo takes.
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(num_new, num_all)
