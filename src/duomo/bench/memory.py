@@ -71,10 +71,12 @@ def run(checkpoint: Path, context: int, side_px: int) -> dict[str, Any]:
         answer = llm.chat([Message.of("user", noise_picture(side_px), "What is this?")], GREEDY)
         steps.append(snapshot(llm, f"a picture of {answer.usage.image_tokens} tokens"))
         pools = llm.residency.pools
-        bring_in(item for name in ("text experts", *VISION_PARTS) for item in pools[name].ranges)
-        steps.append(snapshot(llm, "touching every page of experts, tower and resampler"))
+        llm.residency.expect_picture()
+        bring_in([item for pool in pools.values() for item in pool.ranges])
+        llm.engine.runner.cache.touch()  # type: ignore[union-attr]
+        steps.append(snapshot(llm, "touching every page of weights and of keys and values"))
         llm.residency.let_go_idle(0.0)
-        steps.append(snapshot(llm, "letting idle pools go"))
+        steps.append(snapshot(llm, "letting idle pools go: the most that text can take"))
     return {
         "checkpoint": checkpoint.name,
         "machine": platform.processor() or platform.machine(),

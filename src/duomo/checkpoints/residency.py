@@ -193,8 +193,11 @@ class Residency:
             for e in range(count)
         ]
         bank = self.banks[name] = Bank.of(experts)
+        sees_pictures = part_of(f"{name}.weight") in VISION_PARTS
 
         def count_choices(expert_ids_TK: Tensor) -> None:
+            if sees_pictures:  # a long prompt goes on needing them after the tower is done
+                self._mark_vision()
             bank.count(np.bincount(expert_ids_TK.flatten().numpy(), minlength=count))
 
         module.listener = count_choices

@@ -40,6 +40,12 @@ class PagedCache:
         scale = 0 if self._scale is None else self._scale.numel() * 4
         return self._store.numel() * self._store.element_size() + scale
 
+    def touch(self) -> None:
+        """Writes every page, as a full cache would have been; for measuring memory."""
+        for x in (self._store, self._scale):
+            if x is not None:
+                x.zero_()
+
     def slots(self, pages: Sequence[int]) -> Tensor:
         """Slots of whole pages, in order."""
         first = torch.tensor(pages, dtype=torch.int64)[:, None] * self.page_size
