@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from duomo.checkpoints.inventory import VISION_PARTS
 from duomo.checkpoints.pages import bring_in
 from duomo.engine.request import SamplingParams
 from duomo.llm import LLM
