@@ -193,11 +193,11 @@ class Residency:
             for e in range(count)
         ]
         bank = self.banks[name] = Bank.of(experts)
-        sees_pictures = part_of(f"{name}.weight") in VISION_PARTS
+        part = part_of(f"{name}.weight")
 
         def count_choices(expert_ids_TK: Tensor) -> None:
-            if sees_pictures:  # a long prompt goes on needing them after the tower is done
-                self._mark_vision()
+            if part in VISION_PARTS:  # a long prompt needs them long after the tower
+                self.pools[part].last_used = self._clock()
             bank.count(np.bincount(expert_ids_TK.flatten().numpy(), minlength=count))
 
         module.listener = count_choices
