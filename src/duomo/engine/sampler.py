@@ -86,23 +86,47 @@ class Sampler:
         return scores
 
     def _pick(self, scores: Floats) -> int:
-        p = self.params
-        order = np.argsort(-scores, kind="stable")
-        if p.top_k:
-            order = order[: p.top_k]
-        weights = np.exp(scores[order] - scores[order[0]])
-        weights /= weights.sum()
-        if p.top_p < 1.0:
-            before = np.cumsum(weights) - weights
-            keep = before < p.top_p
-            keep[0] = True
-            order, weights = order[keep], weights[keep]
-        if p.min_p > 0.0:
-            keep = weights >= p.min_p * weights[0]
-            order, weights = order[keep], weights[keep]
+        order, weights = candidates(scores, self.params)
         number = np.random.Generator(np.random.Philox(key=self._seed, counter=len(self._said))).random()
         total = np.cumsum(weights)
-        return int(order[min(int(np.searchsorted(total, number * total[-1], side="right")), len(order) - 1)])
+        place = int(np.searchsorted(total, number * total[-1], side="right"))
+        return int(order[min(place, len(order) - 1)])
+
+
+def candidates(scores: Floats, p: SamplingParams) -> tuple[npt.NDArray[np.int64], Floats]:
+    """Ids that may be drawn and their weights, after top-k, top-p and min-p; likeliest first where any cuts.
+
+    Only as much is sorted as the cuts need: sorting 103,424 scores takes longer than all the rest.
+    """
+    weights = np.exp(scores - scores.max())
+    if not p.top_k and p.top_p >= 1.0:
+        order = np.flatnonzero(weights >= p.min_p) if p.min_p else np.arange(len(weights))
+        return order, weights[order]
+    count = min(p.top_k or _FIRST_SORTED, len(weights))
+    order = _largest(weights, count)
+    total = weights[order].sum() if p.top_k else weights.sum()
+    if p.top_p < 1.0:
+        while not p.top_k and count < len(weights) and weights[order].sum() < p.top_p * total:
+            count = min(8 * count, len(weights))
+            order = _largest(weights, count)
+        kept = weights[order]
+        is_inside = np.cumsum(kept) - kept < p.top_p * total
+        is_inside[0] = True
+        order = order[is_inside]
+    order = order[weights[order] >= p.min_p]  # the largest weight is 1
+    return order, weights[order]
+
+
+_FIRST_SORTED = 256  # candidates sorted at first for top-p; eight times as many where they are too few
+
+
+def _largest(weights: Floats, count: int) -> npt.NDArray[np.int64]:
+    """The ids of the `count` largest, largest first; of equal ones the lower id first."""
+    if count >= len(weights):
+        return np.argsort(-weights, kind="stable")
+    bound = np.partition(weights, -count)[-count]
+    some = np.flatnonzero(weights >= bound)
+    return some[np.argsort(-weights[some], kind="stable")][:count]
 
 
 def token_logprob(logits: npt.NDArray[np.float32], token: int, num_top: int) -> TokenLogprob:
