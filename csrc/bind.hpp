@@ -20,6 +20,12 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+struct Trellis {
+    Array<uint8_t> codes;
+    Array<uint16_t> row_scale;
+    TrellisBank bank;
+};
+
 struct Integers {
     Array<int8_t> codes;
     Array<uint16_t> row_scale;

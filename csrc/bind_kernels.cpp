@@ -10,6 +10,7 @@
 #include "attention.hpp"
 #include "bind.hpp"
 #include "cpu.hpp"
+#include "decoder.hpp"
 #include "experts.hpp"
 #include "pool.hpp"
 #include "reader.hpp"
@@ -20,12 +21,6 @@ namespace nb = nanobind;
 namespace {
 
 using namespace duomo;
-
-struct Trellis {
-    Array<uint8_t> codes;
-    Array<uint16_t> row_scale;
-    TrellisBank bank;
-};
 
 std::vector<float> copied(const Array<float>& signs, int64_t columns) {
     if (signs.size() != 0 && int64_t(signs.size()) != columns) throw nb::value_error("one sign a column, or none");
@@ -95,7 +90,7 @@ void check_mlp(const TrellisBank& gate, const TrellisBank& up, const TrellisBank
 void run_mlp(const Trellis& gate, const Trellis& up, const Trellis& down, Address x, int64_t tokens, Address out) {
     check_mlp(gate.bank, up.bank, down.bank);
     nb::gil_scoped_release release;
-    mlp(gate.bank, up.bank, down.bank, at<float>(x), tokens, at<float>(out));
+    mlp({&gate.bank, &up.bank, &down.bank}, at<float>(x), tokens, at<float>(out));
 }
 
 // Normed hidden states to rotated queries, rotated keys and values.
@@ -108,12 +103,8 @@ void run_qkv(const Trellis& q, const Trellis& k, const Trellis& v, Address x, in
     const TrellisBank* const banks[3] = {&q.bank, &k.bank, &v.bank};
     float* const y[3] = {at<float>(query), at<float>(key), at<float>(value)};
     linear_shared(banks, 3, at<float>(x), tokens, y);
-    const RotateKernels& kernels = rotate_kernels();
     for (int part = 0; part < 2; ++part)
-        for (int64_t t = 0; t < tokens; ++t)
-            for (int64_t i = 0; i < banks[part]->rows; i += head_dim)
-                kernels.rotate_pairs(y[part] + t * banks[part]->rows + i, at<float>(cos) + t * head_dim / 2,
-                                     at<float>(sin) + t * head_dim / 2, head_dim);
+        rotate_heads(y[part], tokens, banks[part]->rows, head_dim, at<float>(cos), at<float>(sin));
 }
 
 void run_route(Address x, Address router, Address bias, int64_t tokens, int64_t width, int64_t num_experts,

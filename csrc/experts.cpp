@@ -1,6 +1,7 @@
 #include "experts.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "cpu.hpp"
@@ -42,30 +43,93 @@ private:
     std::vector<int64_t> counts_;
 };
 
-struct Workspace {
-    Order order;
-    ActivationBuffer hidden, sorted, middle_q;
-    std::vector<float> gate_up, middle, down;
-};
-
 float* grown(std::vector<float>& memory, int64_t count) {
     if (int64_t(memory.size()) < count) memory.resize(size_t(count));
     return memory.data();
 }
 
-// One product per active expert over its own rows of x: y[pairs][bank.rows].
-void grouped(const TrellisBank& bank, const Order& order, const Activations& x, float* y) {
-    const int64_t active = int64_t(order.active.size());
-    const int64_t panels = (bank.rows + kPanelRows - 1) / kPanelRows, blocks = bank.columns / bank.block;
-    const int64_t slices = std::min(panels, (4 * num_threads() + active - 1) / active);
-    parallel(active * slices, [&](int64_t item) {
-        const int64_t index = item / slices, slice = item % slices;
-        const int64_t begin = order.begin[size_t(index)], count = order.begin[size_t(index) + 1] - begin;
-        const int64_t first = panels * slice / slices * kPanelRows;
-        const int64_t last = std::min(bank.rows, panels * (slice + 1) / slices * kPanelRows);
-        const Activations own = {x.q + begin * bank.columns, x.scale + begin * blocks, x.sum + begin * blocks, count};
-        linear_rows(bank.matrix(order.active[size_t(index)]), own, first, last - first,
-                    y + begin * bank.rows + first, bank.rows);
+// What one bank, or the MLP, needs between its products.
+struct Workspace {
+    Order order;
+    ActivationBuffer hidden, up_hidden, sorted, middle;
+    std::vector<float> first, swiglu, second;
+    std::vector<int64_t> place;  // where pair p went in the sorted order
+};
+
+// Products to be done side by side.
+struct Products {
+    std::vector<TrellisMatrix> matrices;
+    std::vector<Activations> x;
+    std::vector<float*> y;
+
+    void clear() {
+        matrices.clear();
+        x.clear();
+        y.clear();
+    }
+    void add(const TrellisMatrix& matrix, const Activations& rows, float* out) {
+        matrices.push_back(matrix);
+        x.push_back(rows);
+        y.push_back(out);
+    }
+    // One product per active expert over its own rows of x: y[pairs][bank.rows].
+    void add_each(const TrellisBank& bank, const Order& order, const Activations& all, float* out) {
+        const int64_t blocks = bank.columns / bank.block;
+        for (size_t i = 0; i < order.active.size(); ++i) {
+            const int64_t begin = order.begin[i], count = order.begin[i + 1] - begin;
+            add(bank.matrix(order.active[i]),
+                {all.q + begin * bank.columns, all.scale + begin * blocks, all.sum + begin * blocks, count},
+                out + begin * bank.rows);
+        }
+    }
+    void run() const { linear_each(matrices.data(), x.data(), y.data(), int64_t(matrices.size())); }
+};
+
+// Sorts a bank's pairs and adds its first products.
+void begin_bank(const Routed& bank, Workspace& work, Products& products) {
+    const TrellisBank& first = *bank.gate_up;
+    const int64_t pairs = bank.tokens * bank.chosen;
+    work.order.sort(bank.expert_ids, bank.tokens, bank.chosen, first.count);
+    const Activations x =
+        work.hidden.fill(bank.hidden, first.signs_or_null(), bank.tokens, first.columns, first.block);
+    const Activations sorted = work.sorted.gather(x, first.columns, first.block, work.order.token.data(), pairs);
+    products.add_each(first, work.order, sorted, grown(work.first, pairs * first.rows));
+}
+
+void begin_mlp(const Mlp& own, const float* x, int64_t tokens, Workspace& work, Products& products) {
+    const TrellisBank &gate = *own.gate, &up = *own.up;
+    float* y = grown(work.first, tokens * 2 * gate.rows);
+    const Activations rows = work.hidden.fill(x, gate.signs_or_null(), tokens, gate.columns, gate.block);
+    products.add(gate.matrix(0), rows, y);
+    products.add(up.matrix(0),
+                 gate.signs == up.signs
+                     ? rows
+                     : work.up_hidden.fill(x, up.signs_or_null(), tokens, up.columns, up.block),
+                 y + tokens * gate.rows);
+}
+
+// silu(gate) * up of `count` rows, rounded for `down`: gate rows are `stride` apart, up rows `gap` after them.
+void fill_middle(const TrellisBank& down, int64_t count, int64_t stride, int64_t gap, Workspace& work) {
+    const int64_t size = down.columns;
+    float* middle = grown(work.swiglu, count * size);
+    work.middle.reserve(count, size, down.block);
+    parallel(count, [&](int64_t i) {
+        const float* gate = work.first.data() + i * stride;
+        rotate_kernels().swiglu(gate, gate + gap, size, middle + i * size);
+        work.middle.set(i, middle + i * size, down.signs_or_null(), size, down.block);
+    });
+}
+
+// out[t] = sum of a token's terms in the order of its choice.
+void end_bank(const Routed& bank, Workspace& work) {
+    const int64_t pairs = bank.tokens * bank.chosen, width = bank.down->rows;
+    work.place.resize(size_t(pairs));
+    for (int64_t i = 0; i < pairs; ++i) work.place[size_t(work.order.pair[size_t(i)])] = i;
+    parallel(bank.tokens, [&](int64_t t) {
+        std::fill_n(bank.out + t * width, width, 0.0f);
+        for (int64_t k = 0; k < bank.chosen; ++k)
+            rotate_kernels().add_scaled(work.second.data() + work.place[size_t(t * bank.chosen + k)] * width,
+                                        bank.weights[t * bank.chosen + k], width, bank.out + t * width);
     });
 }
 
@@ -86,16 +150,20 @@ void ActivationBuffer::resize(int64_t tokens, int64_t columns, int block) {
     if (sum_.size() < blocks) sum_.resize(blocks);
 }
 
+void ActivationBuffer::set(int64_t row, const float* x, const float* signs, int64_t columns, int block) {
+    const int64_t blocks = columns / block;
+    rotate_kernels().rotate_quantize(x, signs, columns, block, q_.data() + row * columns, scale_.data() + row * blocks,
+                                     sum_.data() + row * blocks);
+}
+
 Activations ActivationBuffer::fill(const float* x, const float* signs, int64_t tokens, int64_t columns, int block) {
     resize(tokens, columns, block);
-    const RotateKernels& kernels = rotate_kernels();
-    const int64_t blocks = columns / block, group = 8, items = (tokens + group - 1) / group;
+    const int64_t group = 8, items = (tokens + group - 1) / group;
     parallel(items, [&](int64_t item) {
         for (int64_t t = item * group; t < std::min(tokens, (item + 1) * group); ++t)
-            kernels.rotate_quantize(x + t * columns, signs, columns, block, q_.data() + t * columns,
-                                    scale_.data() + t * blocks, sum_.data() + t * blocks);
+            set(t, x + t * columns, signs, columns, block);
     });
-    return {q_.data(), scale_.data(), sum_.data(), tokens};
+    return view(tokens);
 }
 
 Activations ActivationBuffer::gather(const Activations& from, int64_t columns, int block, const int64_t* rows,
@@ -110,40 +178,41 @@ Activations ActivationBuffer::gather(const Activations& from, int64_t columns, i
     return {q_.data(), scale_.data(), sum_.data(), count};
 }
 
+void mixture(const Routed* banks, int64_t num_banks, const Mlp* own, const float* x, int64_t tokens, float* mlp_out) {
+    static thread_local std::vector<Workspace> memory;
+    static thread_local Products products_memory;
+    if (int64_t(memory.size()) < num_banks + 1) memory.resize(size_t(num_banks + 1));
+    Workspace* work = memory.data();
+    Products& products = products_memory;
+    products.clear();
+    Workspace& mlp_work = work[num_banks];
+    if (own) begin_mlp(*own, x, tokens, mlp_work, products);
+    for (int64_t i = 0; i < num_banks; ++i) begin_bank(banks[i], work[i], products);
+    products.run();
+
+    products.clear();
+    if (own) {
+        const TrellisBank& down = *own->down;
+        fill_middle(down, tokens, down.columns, tokens * down.columns, mlp_work);
+        products.add(down.matrix(0), mlp_work.middle.view(tokens), mlp_out);
+    }
+    for (int64_t i = 0; i < num_banks; ++i) {
+        const TrellisBank& down = *banks[i].down;
+        const int64_t pairs = banks[i].tokens * banks[i].chosen;
+        fill_middle(down, pairs, 2 * down.columns, down.columns, work[i]);
+        products.add_each(down, work[i].order, work[i].middle.view(pairs), grown(work[i].second, pairs * down.rows));
+    }
+    products.run();
+    for (int64_t i = 0; i < num_banks; ++i) end_bank(banks[i], work[i]);
+}
+
 void experts(const TrellisBank& gate_up, const TrellisBank& down, const float* hidden, const int64_t* expert_ids,
              const float* weights, int64_t tokens, int64_t chosen, float* out) {
-    static thread_local Workspace work;
-    const int64_t pairs = tokens * chosen, width = down.rows, size = down.columns;
-    std::fill_n(out, tokens * width, 0.0f);
-    if (!pairs) return;
-    work.order.sort(expert_ids, tokens, chosen, gate_up.count);
-    const Activations x =
-        work.hidden.fill(hidden, gate_up.signs_or_null(), tokens, gate_up.columns, gate_up.block);
-    const Activations sorted =
-        work.sorted.gather(x, gate_up.columns, gate_up.block, work.order.token.data(), pairs);
-    float* both = grown(work.gate_up, pairs * 2 * size);
-    grouped(gate_up, work.order, sorted, both);
-
-    float* middle = grown(work.middle, pairs * size);
-    const RotateKernels& kernels = rotate_kernels();
-    parallel(pairs, [&](int64_t i) {
-        kernels.swiglu(both + i * 2 * size, both + i * 2 * size + size, size, middle + i * size);
-    });
-    const Activations middle_q = work.middle_q.fill(middle, down.signs_or_null(), pairs, size, down.block);
-    float* outputs = grown(work.down, pairs * width);
-    grouped(down, work.order, middle_q, outputs);
-
-    // `place[p]` is where pair p went in the sorted order: reuse of the middle would save nothing, it is K ints a token.
-    static thread_local std::vector<int64_t> place;
-    place.resize(size_t(pairs));
-    for (int64_t i = 0; i < pairs; ++i) place[size_t(work.order.pair[size_t(i)])] = i;
-    const int64_t* where = place.data();  // this thread's, also inside the bodies
-    parallel(tokens, [&](int64_t t) {
-        for (int64_t k = 0; k < chosen; ++k)
-            kernels.add_scaled(outputs + where[t * chosen + k] * width, weights[t * chosen + k], width,
-                               out + t * width);
-    });
+    const Routed bank = {&gate_up, &down, hidden, expert_ids, weights, tokens, chosen, out};
+    mixture(&bank, 1, nullptr, nullptr, 0, nullptr);
 }
+
+void mlp(const Mlp& own, const float* x, int64_t tokens, float* out) { mixture(nullptr, 0, &own, x, tokens, out); }
 
 void linear_shared(const TrellisBank* const* banks, int64_t count, const float* x, int64_t tokens, float* const* y) {
     static thread_local ActivationBuffer buffers[4];
@@ -159,27 +228,11 @@ void linear_shared(const TrellisBank* const* banks, int64_t count, const float* 
     linear_each(matrices, own, y, count);
 }
 
-void mlp(const TrellisBank& gate, const TrellisBank& up, const TrellisBank& down, const float* x, int64_t tokens,
-         float* out) {
-    static thread_local std::vector<float> memory;
-    static thread_local ActivationBuffer buffer;
-    const int64_t size = gate.rows;
-    float* first = grown(memory, 3 * tokens * size);
-    float* const both[2] = {first, first + tokens * size};
-    float* middle = first + 2 * tokens * size;
-    const TrellisBank* const banks[2] = {&gate, &up};
-    linear_shared(banks, 2, x, tokens, both);
-    const RotateKernels& kernels = rotate_kernels();
-    parallel(tokens, [&](int64_t t) {
-        kernels.swiglu(both[0] + t * size, both[1] + t * size, size, middle + t * size);
-    });
-    linear(down.matrix(0), buffer.fill(middle, down.signs_or_null(), tokens, down.columns, down.block), out);
-}
-
 void route(const float* x, const float* router, const float* bias, int64_t tokens, int64_t width, int64_t num_experts,
            int64_t chosen, float norm_min, int64_t* expert_ids, float* weights) {
     static thread_local std::vector<float> memory;
-    float* logits = grown(memory, tokens * num_experts);
+    float* logits = grown(memory, (tokens + 1) * num_experts);
+    float* biased = logits + tokens * num_experts;
     const RotateKernels& kernels = rotate_kernels();
     const int64_t slices = 4, slice = (num_experts + slices - 1) / slices;
     parallel(tokens * slices, [&](int64_t item) {
@@ -192,13 +245,10 @@ void route(const float* x, const float* router, const float* bias, int64_t token
         const float total = kernels.exp_sum(row, *std::max_element(row, row + num_experts), num_experts, row);
         for (int64_t e = 0; e < num_experts; ++e) row[e] /= total;
         float sum = 0.0f;
+        for (int64_t e = 0; e < num_experts; ++e) biased[e] = row[e] + bias[e];
         for (int64_t k = 0; k < chosen; ++k) {
-            int64_t best = -1;
-            for (int64_t e = 0; e < num_experts; ++e) {
-                const bool is_taken = std::find(expert_ids + t * chosen, expert_ids + t * chosen + k, e) !=
-                                      expert_ids + t * chosen + k;
-                if (!is_taken && (best < 0 || row[e] + bias[e] > row[best] + bias[best])) best = e;
-            }
+            const int64_t best = std::max_element(biased, biased + num_experts) - biased;
+            biased[best] = -HUGE_VALF;
             expert_ids[t * chosen + k] = best;
             weights[t * chosen + k] = row[best];
             sum += row[best];

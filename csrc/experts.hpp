@@ -40,6 +40,10 @@ class ActivationBuffer {
 public:
     // Rotates and quantizes x[T][columns], on the pool.
     Activations fill(const float* x, const float* signs, int64_t tokens, int64_t columns, int block);
+    // The same a row at a time, by whichever thread has it: `reserve`, then `set` every row, then `view`.
+    void reserve(int64_t tokens, int64_t columns, int block) { resize(tokens, columns, block); }
+    void set(int64_t row, const float* x, const float* signs, int64_t columns, int block);
+    Activations view(int64_t tokens) const { return {q_.data(), scale_.data(), sum_.data(), tokens}; }
     // Rows `rows[i]` of another buffer's activations, in that order.
     Activations gather(const Activations& from, int64_t columns, int block, const int64_t* rows, int64_t count);
 
@@ -50,9 +54,26 @@ private:
     std::vector<int32_t> sum_;
 };
 
-// out[T][D] = down(silu(gate x) * up x): one MLP of single matrices.
-void mlp(const TrellisBank& gate, const TrellisBank& up, const TrellisBank& down, const float* x, int64_t tokens,
-         float* out);
+// down(silu(gate x) * up x): one MLP of single matrices.
+struct Mlp {
+    const TrellisBank *gate = nullptr, *up = nullptr, *down = nullptr;
+};
+
+// A bank over the tokens that go to it: what `experts` below takes, as one of several.
+struct Routed {
+    const TrellisBank *gate_up, *down;
+    const float* hidden;        // [T][D]
+    const int64_t* expert_ids;  // [T][K]
+    const float* weights;       // [T][K]
+    int64_t tokens, chosen;
+    float* out;  // [T][D]
+};
+
+// Banks and an MLP at once: all first products side by side on the pool, then all second ones. `mlp` may be null.
+void mixture(const Routed* banks, int64_t num_banks, const Mlp* mlp, const float* x, int64_t tokens, float* mlp_out);
+
+// out[T][D] = one MLP.
+void mlp(const Mlp& own, const float* x, int64_t tokens, float* out);
 
 // Products of the same x[T][K] with several matrices, rotated once for neighbours that share their signs.
 void linear_shared(const TrellisBank* const* banks, int64_t count, const float* x, int64_t tokens, float* const* y);

@@ -3,6 +3,7 @@
 
 void bind_kernels(nanobind::module_& m);
 void bind_vision(nanobind::module_& m);
+void bind_decoder(nanobind::module_& m);
 #ifdef DUOMO_HAS_TRELLIS
 void bind_trellis(nanobind::module_& m);
 #endif
@@ -11,6 +12,7 @@ NB_MODULE(_native, m) {
     m.doc() = "duomo's native kernels: plain C++ over raw pointers";
     bind_kernels(m);
     bind_vision(m);
+    bind_decoder(m);
 #ifdef DUOMO_HAS_TRELLIS
     bind_trellis(m);
 #endif

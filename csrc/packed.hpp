@@ -7,8 +7,8 @@
 // 2.1 million and an int32 has a thousandfold of room. The outer sum runs over b in rising order, a multiplication
 // and an addition at a time, without contraction: so the floats, too, are the same bits everywhere.
 //
-// Two ways through a matrix. `accumulate` decodes and multiplies in registers: for one token, where reading the codes
-// is the work. `decode_panel` writes 64 rows as bytes into the first- or second-level cache, `multiply_panel` reuses
+// Two ways through a matrix. `accumulate` decodes and multiplies in registers: for one token or a few, where reading
+// the codes is the work. `decode_panel` writes 64 rows as bytes into the first- or second-level cache, `multiply_panel` reuses
 // them over all tokens. A panel is [K/4][64 rows][4 inputs]: dwords in the operand order of vpdpbusd and sdot.
 #pragma once
 
@@ -20,6 +20,7 @@
 namespace duomo {
 
 constexpr int kPanelRows = 64;
+constexpr int kFewTokens = 4;     // that `accumulate_few` takes at once
 constexpr int kBlockInputs = 16;  // inputs of a column block of the packed layout
 
 // One trellis-coded matrix in the layout of FORMAT.md. Pointers are borrowed.
@@ -63,6 +64,10 @@ struct PackedKernels {
     // acc[tile][phase][16 rows] += sum of (level + trellis_offset) * x over the 16 * blocks inputs x.
     void (*accumulate)(const TrellisCode&, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
                        int64_t tiles, const int8_t* x, int32_t* acc);
+    // The same for up to kFewTokens tokens, each decoded weight used by all; null where a panel does as well.
+    void (*accumulate_few)(const TrellisCode&, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
+                           int64_t tiles, const int8_t* x, int64_t x_stride, int64_t tokens, int32_t* acc,
+                           int64_t acc_stride);
     // One tile's 16 inputs as bytes: panel[group * 256 + 64 * phase], panel rows 16 * phases.
     void (*decode_tile)(const TrellisCode&, const uint8_t* line, const Start&, uint8_t* panel);
     // 64 rows of int8 (those past `rows` are zero), `columns` of them, as a panel.
@@ -73,8 +78,8 @@ struct PackedKernels {
                            const int32_t* start, int64_t tokens, int32_t* acc);
     // sums[row] = sum over `inputs` of codes * q, for 16 rows `stride` apart.
     void (*dot_rows)(const int8_t* codes, int64_t stride, int64_t inputs, const int8_t* q, int32_t* sums);
-    // out[i] += scale * float(acc[i]) for `count` (a multiple of 16) values.
-    void (*flush)(const int32_t* acc, float scale, int64_t count, float* out);
+    // out[i] += scale * float(acc[i]) for `count` (a multiple of 16) values, and acc[i] = next.
+    void (*flush)(int32_t* acc, float scale, int64_t count, float* out, int32_t next);
 };
 
 const PackedKernels& packed_kernels();  // of current_isa()
@@ -82,8 +87,6 @@ extern const PackedKernels packed_portable;
 extern const PackedKernels* const packed_avx2;    // null where the file was not built for this processor family
 extern const PackedKernels* const packed_avx512;
 extern const PackedKernels* const packed_neon;
-
-float half_to_float(uint16_t half);
 
 // Where the streams of column block `block` stand before tile `tile`.
 Start start_of(const TrellisMatrix&, int64_t column_block, int64_t tile);
@@ -93,7 +96,7 @@ Start start_of(const TrellisMatrix&, int64_t column_block, int64_t tile);
 void linear_rows(const TrellisMatrix&, const Activations&, int64_t first, int64_t count, float* y, int64_t y_stride);
 void linear_rows(const Int8Matrix&, const Activations&, int64_t first, int64_t count, float* y, int64_t y_stride);
 
-// Several products of T tokens side by side on the pool, y[i] being [T][matrices[i].rows].
+// Several products side by side on the pool, y[i] being [x[i].tokens][matrices[i].rows].
 void linear_each(const TrellisMatrix* matrices, const Activations* x, float* const* y, int64_t count);
 
 // The whole product y[T][rows], on the pool.

@@ -235,14 +235,16 @@ void dot_rows(const int8_t* codes, int64_t stride, int64_t inputs, const int8_t*
     }
 }
 
-void flush(const int32_t* acc, float scale, int64_t count, float* out) {
+void flush(int32_t* acc, float scale, int64_t count, float* out, int32_t next) {
     const __m256 a = _mm256_set1_ps(scale);
-    for (int64_t i = 0; i < count; i += 8)
-        _mm256_storeu_ps(out + i,
-                         _mm256_add_ps(_mm256_loadu_ps(out + i), _mm256_mul_ps(a, _mm256_cvtepi32_ps(load(acc + i)))));
+    for (int64_t i = 0; i < count; i += 8) {
+        const __m256 product = _mm256_mul_ps(a, _mm256_cvtepi32_ps(load(acc + i)));
+        _mm256_storeu_ps(out + i, _mm256_add_ps(_mm256_loadu_ps(out + i), product));
+        store(acc + i, _mm256_set1_epi32(next));
+    }
 }
 
-constexpr PackedKernels kernels = {64, 0, accumulate, decode_tile, pack_int8, multiply_panel, dot_rows, flush};
+constexpr PackedKernels kernels = {64, 0, accumulate, nullptr, decode_tile, pack_int8, multiply_panel, dot_rows, flush};
 
 }  // namespace
 

@@ -111,12 +111,14 @@ void dot_rows(const int8_t* codes, int64_t stride, int64_t inputs, const int8_t*
     }
 }
 
-void flush(const int32_t* acc, float scale, int64_t count, float* out) {
-    for (int64_t i = 0; i < count; i += 4)
+void flush(int32_t* acc, float scale, int64_t count, float* out, int32_t next) {
+    for (int64_t i = 0; i < count; i += 4) {
         vst1q_f32(out + i, vaddq_f32(vld1q_f32(out + i), vmulq_n_f32(vcvtq_f32_s32(vld1q_s32(acc + i)), scale)));
+        vst1q_s32(acc + i, vdupq_n_s32(next));
+    }
 }
 
-constexpr PackedKernels kernels = {0, 0, accumulate, decode_tile, pack_int8, multiply_panel, dot_rows, flush};
+constexpr PackedKernels kernels = {0, 0, accumulate, nullptr, decode_tile, pack_int8, multiply_panel, dot_rows, flush};
 
 }  // namespace
 

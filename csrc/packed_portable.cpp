@@ -89,11 +89,14 @@ void dot_rows(const int8_t* codes, int64_t stride, int64_t inputs, const int8_t*
     }
 }
 
-void flush(const int32_t* acc, float scale, int64_t count, float* out) {
-    for (int64_t i = 0; i < count; ++i) out[i] += scale * float(acc[i]);
+void flush(int32_t* acc, float scale, int64_t count, float* out, int32_t next) {
+    for (int64_t i = 0; i < count; ++i) {
+        out[i] += scale * float(acc[i]);
+        acc[i] = next;
+    }
 }
 
 }  // namespace
 
-const duomo::PackedKernels duomo::packed_portable = {64,        0,        accumulate, decode_tile, pack_int8,
+const duomo::PackedKernels duomo::packed_portable = {64,        0,        accumulate, nullptr, decode_tile, pack_int8,
                                                      multiply_panel, dot_rows, flush};

@@ -162,3 +162,38 @@ def vision_mlp(
     fc2_bias: npt.NDArray[np.float32],
     /,
 ) -> None: ...
+
+Bank = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], Trellis, Trellis]
+
+class Decoder:
+    def __init__(
+        self,
+        norm: npt.NDArray[np.float32],
+        width: int,
+        num_heads: int,
+        groups: int,
+        head_dim: int,
+        chosen: int,
+        eps: float,
+        norm_min: float,
+    ) -> None: ...
+    def add_layer(
+        self,
+        norms: tuple[npt.NDArray[np.float32], ...],
+        attention: tuple[Trellis, ...],
+        text: Bank | None,
+        vision: Bank | None,
+        mlp: tuple[Trellis, ...] | None,
+    ) -> None: ...
+    def run(
+        self,
+        hidden: int,
+        out: int,
+        tokens: int,
+        angles: tuple[int, ...],
+        store: tuple[int, ...],
+        table: tuple[int, ...],
+        rows: tuple[int, ...],
+        expert_ids: int,
+        /,
+    ) -> None: ...

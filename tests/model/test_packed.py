@@ -10,7 +10,8 @@ from duomo.errors import MissingTensor, ShapeMismatch, UnexpectedTensor
 from duomo.model import Ernie, build_batch
 from duomo.model.attention import PackedCausal
 from duomo.model.config import BankConfig, ModelConfig, VisionConfig
-from duomo.model.packed import PackedEmbedding, PackedExperts, PackedLinear, build_packed
+from duomo.model.packed import build_packed
+from duomo.model.packed_layers import PackedEmbedding, PackedExperts, PackedLinear
 from duomo.trellis import LCC2_12, LCC4_12, TrellisBank, TrellisTensor, encode_int
 from duomo.trellis.code import TrellisCode
 

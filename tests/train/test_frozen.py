@@ -14,7 +14,8 @@ from duomo.checkpoints import load_model
 from duomo.checkpoints.stream import load_dequantized
 from duomo.errors import TrainingError
 from duomo.model import Ernie, PackedCausal, build_batch
-from duomo.model.packed import PackedExperts, PackedLinear
+from duomo.model.packed import unfuse
+from duomo.model.packed_layers import PackedExperts, PackedLinear
 from duomo.quant import quantize
 from duomo.train.frozen import FrozenBank, FrozenLinear, decode, open_packed, product
 from duomo.train.loop import finetune
@@ -51,6 +52,7 @@ def test_decoding_by_the_kernel_is_the_stored_matrix(two_bits: Path) -> None:
 
 def test_forward_is_servings_and_backward_the_decoded_product(two_bits: Path) -> None:
     model = load_model(two_bits)
+    unfuse(model)
     served = next(module for module in model.modules() if isinstance(module, PackedLinear))
     x = torch.randn(7, served.packed.columns, generator=torch.Generator().manual_seed(0), requires_grad=True)
     y = product(x, served.packed)
@@ -61,11 +63,12 @@ def test_forward_is_servings_and_backward_the_decoded_product(two_bits: Path) ->
 
 
 def test_the_opened_model_answers_as_the_served_one(two_bits: Path) -> None:
-    """Attention and norms are the same modules; experts differ only in the order of the same sums."""
+    """Native norms and exp() differ from torch's by ulps, which may move an int8 rounding by a step."""
     one, other = load_model(two_bits), load_model(two_bits)
     open_packed(other)
     assert not [m for m in other.modules() if isinstance(m, (PackedLinear, PackedExperts))]
-    assert torch.allclose(one.logits(PROMPT), other.logits(PROMPT), atol=1e-4)
+    served, opened = one.logits(PROMPT), other.logits(PROMPT)
+    assert (opened - served).norm() / served.norm() < 1e-3
 
 
 def test_the_gradient_is_near_that_of_the_plain_model(two_bits: Path) -> None:

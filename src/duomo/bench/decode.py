@@ -1,64 +1,195 @@
-"""`python -m duomo.bench.decode CHECKPOINT`: one stream through a whole model, prefill, then token by token.
+"""`python -m duomo.bench.decode CHECKPOINT`: a whole model at work, against what memory allows.
 
-Meant for `duomo synth` checkpoints of full size, whose speed and memory are real though their answers mean
-nothing. Prints the medians; ids are drawn from a seed, so that routing spreads over the experts.
+Prefill of one prompt, then decoding for one stream and for several at once, through the engine's paged
+cache; a plain reader before and after says how fast this machine reads then. Meant for `duomo synth`
+checkpoints of full size, whose speed and memory are real though their answers mean nothing: ids are drawn
+from a seed, so that routing spreads over the experts. `--layers` takes the layers one call at a time, as
+before the fused decoder; `--profile` adds where the time of a step goes, Python's own part included.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
+import json
+import pstats
 import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 
+from duomo import _native
 from duomo.checkpoints import load_model
-from duomo.model import Batch, Ernie, PlainCache, build_batch
+from duomo.checkpoints.fit import read_per_token
+from duomo.checkpoints.inventory import take_inventory
+from duomo.engine.kv import PagedCache
+from duomo.model import Batch, Ernie
+from duomo.model.decoder import Decoder
 
 SEED = 20261124
+PAGE = 16
+READ_BYTES = 1 << 29
+KV_DTYPES = ("float32", "bfloat16", "int8")
 
 
-def step_seconds(model: Ernie, cache: PlainCache, ids: Sequence[int], num_cached: int) -> float:
-    """Seconds of one forward pass of `ids` after `num_cached` tokens, the last token's logits included."""
-    fresh = build_batch([ids], model.config)
-    batch = Batch(
-        ids_T=fresh.ids_T,
-        positions_3T=fresh.positions_3T + num_cached,
-        text_rows=fresh.text_rows,
-        vision_rows=fresh.vision_rows,
-        num_new=fresh.num_new,
-        num_cached=(num_cached,),
-    )
-    started = time.perf_counter()
-    with torch.inference_mode():
-        model.unembed(model(batch, cache)[-1:])
-    return time.perf_counter() - started
+def read_bytes_per_s() -> float:
+    """The best of a few plain reads of memory far beyond the caches, by all threads of the kernels."""
+    buffer = np.ones(READ_BYTES, np.uint8)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        _native.read_all(buffer)
+        best = min(best, time.perf_counter() - started)
+    return READ_BYTES / best
 
 
-def main() -> None:
+class Streams:
+    """`count` sequences of random ids, each on its own pages, fed as fast as the model takes them."""
+
+    def __init__(self, model: Ernie, count: int, most_tokens: int, kv_dtype: str) -> None:
+        config = model.config
+        limit = config.ids.image_patch if config.is_multimodal else config.vocab_size
+        self.model, self.count = model, count
+        self.num_cached = 0
+        pages = -(-most_tokens // PAGE)
+        self.cache = PagedCache(config, count * pages, PAGE, kv_dtype)
+        self._table = 1 + torch.arange(count * pages).reshape(count, pages)
+        self._ids = torch.from_numpy(
+            np.random.default_rng(SEED + count).integers(3, limit, (count, most_tokens))
+        )
+
+    def step(self, num_new: int = 1) -> float:
+        """Seconds of one forward pass over `num_new` tokens a stream, each one's last logits included."""
+        started = time.perf_counter()
+        places = torch.arange(self.num_cached, self.num_cached + num_new)
+        tokens = self.count * num_new
+        slots_ST = self._table[:, places // PAGE] * PAGE + places % PAGE
+        batch = Batch(
+            ids_T=self._ids[:, places].flatten(),
+            positions_3T=places.repeat(self.count).expand(3, -1),
+            text_rows=torch.arange(tokens),
+            vision_rows=torch.empty(0, dtype=torch.int64),
+            num_new=(num_new,) * self.count,
+            num_cached=(self.num_cached,) * self.count,
+            slots_T=slots_ST.flatten(),
+            page_table_SM=self._table,
+            sequence_T=torch.arange(self.count).repeat_interleave(num_new),
+            num_keys_T=places.repeat(self.count) + 1,
+            logit_rows=torch.arange(num_new - 1, tokens, num_new),
+        )
+        with torch.inference_mode():
+            self.model.unembed(self.model(batch, self.cache))
+        self.num_cached += num_new
+        return time.perf_counter() - started
+
+
+def decode_rate(streams: Streams, prompt: int, tokens: int) -> float:
+    """All streams' tokens/s at the median step, after `prompt` tokens each and a few steps to warm up."""
+    if streams.num_cached < prompt:
+        streams.step(prompt - streams.num_cached)
+    for _ in range(4):
+        streams.step()
+    return streams.count / median(streams.step() for _ in range(tokens))
+
+
+def profile(streams: Streams, tokens: int) -> dict[str, Any]:
+    """Seconds by function over `tokens` steps, and the share of a step that is not inside a native call."""
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(tokens):
+        streams.step()
+    profiler.disable()
+    stats = pstats.Stats(profiler)
+    rows = [
+        (own, f"{Path(file).name}:{line} {name}" if line else name)
+        for (file, line, name), (_, _, own, _, _) in stats.stats.items()  # type: ignore[attr-defined]
+    ]
+    total = sum(own for own, _ in rows)
+    native = sum(own for own, name in rows if "duomo._native" in name)
+    top = {name: round(1e3 * own / tokens, 4) for own, name in sorted(rows, reverse=True)[:15]}
+    share = round(1 - native / total, 4)
+    return {"ms_a_step": round(1e3 * total / tokens, 3), "share_outside_native": share, "own_ms_a_step": top}
+
+
+def measure(model: Ernie, options: argparse.Namespace, bytes_per_token: int) -> dict[str, Any]:
+    before = read_bytes_per_s()
+    most = options.prompt + 3 * options.tokens + 8
+    one = Streams(model, 1, most, options.kv)
+    cold = one.step(options.prompt)
+    warm = Streams(model, 1, most, options.kv).step(options.prompt)
+    facts: dict[str, Any] = {
+        "prompt_tokens": options.prompt,
+        "prefill_tokens_per_s": options.prompt / warm,
+        "first_prefill_tokens_per_s": options.prompt / cold,
+    }
+    single = [decode_rate(one, options.prompt, options.tokens)]
+    if options.streams > 1:
+        many = Streams(model, options.streams, most, options.kv)
+        facts[f"decode_{options.streams}_streams_tokens_per_s"] = decode_rate(
+            many, min(options.prompt, 64), options.tokens
+        )
+    single.append(decode_rate(one, options.prompt, options.tokens))
+    after = read_bytes_per_s()
+    bandwidth = max(before, after)
+    best = max(single)
+    return {
+        **facts,
+        "decode_tokens_per_s": best,
+        "decode_tokens_per_s_rounds": single,
+        "read_bytes_per_s": bandwidth,
+        "read_bytes_per_s_before_and_after": [before, after],
+        "bytes_per_token": bytes_per_token,
+        "bound_tokens_per_s": bandwidth / bytes_per_token,
+        "share_of_bound": best * bytes_per_token / bandwidth,
+        **({"profile": profile(one, min(options.tokens, 16))} if options.profile else {}),
+    }
+
+
+def show(facts: dict[str, Any], depth: int = 0) -> None:
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            print("  " * depth + f"{name}:")
+            show(value, depth + 1)
+        else:
+            print("  " * depth + f"{name}: " + (f"{value:.4g}" if isinstance(value, float) else f"{value}"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens decoded after it")
-    options = parser.parse_args()
+    parser.add_argument("--tokens", type=int, default=64, help="steps timed in each round")
+    parser.add_argument("--streams", type=int, default=8, help="streams that decode together (1: none)")
+    parser.add_argument("--kv", choices=KV_DTYPES, default="bfloat16", help="how keys and values are kept")
+    parser.add_argument("--layers", action="store_true", help="layer by layer, without the fused decoder")
+    parser.add_argument("--profile", action="store_true", help="say where a step's time goes")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    options = parser.parse_args(arguments)
     started = time.perf_counter()
     model = load_model(options.checkpoint)
-    print(f"loaded in {time.perf_counter() - started:.1f} s")
-    limit = model.config.ids.image_patch if model.config.is_multimodal else model.config.vocab_size
-    ids = np.random.default_rng(SEED).integers(3, limit, options.prompt + 2 * options.tokens).tolist()
-    cache = PlainCache()
-    prefill = step_seconds(model, cache, ids[: options.prompt], 0)
-    print(f"prefill of {options.prompt} tokens: {options.prompt / prefill:.1f} tokens/s, pages still cold")
-    for round_name, first in (("first", options.prompt), ("second", options.prompt + options.tokens)):
-        times = [step_seconds(model, cache, [ids[first + i]], first + i) for i in range(options.tokens)]
-        print(f"decode, {round_name} {options.tokens}: {1 / median(times):.2f} tokens/s at the median step")
-    warm = step_seconds(model, PlainCache(), ids[: options.prompt], 0)
-    print(f"prefill again: {options.prompt / warm:.1f} tokens/s")
-    print(f"peak resident memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    loaded = time.perf_counter() - started
+    if options.layers:
+        plain = Decoder.forward
+        decoder = model.decoder
+        decoder.forward = lambda *args: plain(decoder, *args)  # type: ignore[method-assign]
+    per_token = sum(read_per_token(take_inventory(options.checkpoint)).values())
+    facts = {
+        "threads": _native.num_threads(),
+        "isa": _native.current_isa(),
+        "kv": options.kv,
+        "is_fused": not options.layers,
+        "load_s": loaded,
+        **measure(model, options, per_token),
+        "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+    }
+    show(facts)
+    if options.json:
+        options.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

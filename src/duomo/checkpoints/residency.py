@@ -25,7 +25,7 @@ from duomo.checkpoints.pages import Range, ask_for, cached_bytes, let_go, mapped
 from duomo.checkpoints.pressure import is_short_of_memory
 from duomo.kernels import Int8Weight, TrellisWeight
 from duomo.model import Ernie
-from duomo.model.packed import PackedExperts
+from duomo.model.packed_layers import PackedExperts
 from duomo.trellis import TrellisBank
 
 EXPERT_PARTS = ("text experts", "vision experts")

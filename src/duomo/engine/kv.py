@@ -32,17 +32,17 @@ class PagedCache:
         assert KEY_BLOCK % page_size == 0, f"a page of {page_size} tokens does not divide {KEY_BLOCK}"
         self.page_size, self.dtype = page_size, _DTYPES[dtype]
         shape = (config.num_layers, (num_pages + 1) * page_size, config.num_kv_heads)
-        self._store = _untouched_zeros((2, *shape, config.head_dim), self.dtype)
-        self._scale = _untouched_zeros((2, *shape), torch.float32) if self.dtype is torch.int8 else None
+        self.store = _untouched_zeros((2, *shape, config.head_dim), self.dtype)
+        self.scale = _untouched_zeros((2, *shape), torch.float32) if self.dtype is torch.int8 else None
 
     @property
     def num_bytes(self) -> int:
-        scale = 0 if self._scale is None else self._scale.numel() * 4
-        return self._store.numel() * self._store.element_size() + scale
+        scale = 0 if self.scale is None else self.scale.numel() * 4
+        return self.store.numel() * self.store.element_size() + scale
 
     def touch(self) -> None:
         """Writes every page, as a full cache would have been; for measuring memory."""
-        for x in (self._store, self._scale):
+        for x in (self.store, self.scale):
             if x is not None:
                 x.zero_()
 
@@ -54,11 +54,11 @@ class PagedCache:
     def copy_out(self, pages: Sequence[int]) -> list[Tensor]:
         """The content of pages, for `copy_in` into others."""
         slots = self.slots(pages)
-        return [x[:, :, slots].clone() for x in (self._store, self._scale) if x is not None]
+        return [x[:, :, slots].clone() for x in (self.store, self.scale) if x is not None]
 
     def copy_in(self, pages: Sequence[int], content: list[Tensor]) -> None:
         slots = self.slots(pages)
-        for x, saved in zip((self._store, self._scale), content, strict=False):
+        for x, saved in zip((self.store, self.scale), content, strict=False):
             assert x is not None, "content of another kind of cache"
             x[:, :, slots] = saved
 
@@ -88,25 +88,25 @@ class PagedCache:
         assert (
             batch.page_table_SM is not None and batch.sequence_T is not None and batch.num_keys_T is not None
         )
-        scale = None if self._scale is None else self._scale[:, layer_index]
-        store = self._store[:, layer_index]
+        scale = None if self.scale is None else self.scale[:, layer_index]
+        store = self.store[:, layer_index]
         pages = (batch.page_table_SM, self.page_size)
         out = kernels.paged_attention(query_TNH, store, scale, *pages, batch.sequence_T, batch.num_keys_T)
         return out.to(query_TNH.dtype)
 
     def _write(self, layer_index: int, slots_T: Tensor, key_TGH: Tensor, value_TGH: Tensor) -> None:
         for side, x_TGH in enumerate((key_TGH, value_TGH)):
-            if self._scale is None:
-                self._store[side, layer_index, slots_T] = x_TGH.to(self.dtype)
+            if self.scale is None:
+                self.store[side, layer_index, slots_T] = x_TGH.to(self.dtype)
                 continue
             wide = x_TGH.float()
             scale = wide.abs().amax(-1).clamp(min=1e-12) / 127.0
-            self._store[side, layer_index, slots_T] = (wide / scale[..., None]).round().to(torch.int8)
-            self._scale[side, layer_index, slots_T] = scale
+            self.store[side, layer_index, slots_T] = (wide / scale[..., None]).round().to(torch.int8)
+            self.scale[side, layer_index, slots_T] = scale
 
     def _read(self, side: int, layer_index: int, slots: Tensor) -> Tensor:
-        x = self._store[side, layer_index][slots].float()
-        return x if self._scale is None else x * self._scale[side, layer_index][slots][..., None]
+        x = self.store[side, layer_index][slots].float()
+        return x if self.scale is None else x * self.scale[side, layer_index][slots][..., None]
 
     def _attend(self, layer: int, query_STNH: Tensor, cached_S: Tensor, pages_SM: Tensor) -> Tensor:
         """Sequences of equal T: [S, T, N, H] -> [S*T, N, H]."""

@@ -23,7 +23,7 @@ from duomo.model.decoder import DecoderLayer
 from duomo.model.ernie import Ernie
 from duomo.model.experts import Experts
 from duomo.model.inputs import Batch, KVCache
-from duomo.model.packed import PackedExperts
+from duomo.model.packed_layers import PackedExperts
 from duomo.model.rope import Rotation, decoder_rotation
 
 PATIENCE_S = 0.05

@@ -11,6 +11,14 @@ from torch import Tensor
 
 from duomo import env
 from duomo.kernels import cpu, reference
+from duomo.kernels.cpu import (
+    HEAD_MULTIPLE,
+    BankWeights,
+    DecoderSizes,
+    FusedDecoder,
+    LayerWeights,
+    PackedStep,
+)
 from duomo.kernels.reference import (
     Affine,
     BlockWeights,
@@ -29,10 +37,16 @@ from duomo.kernels.reference import (
 from duomo.kernels.weights import NATIVE_BLOCK, Int8Weight, PackedWeight, TrellisWeight
 
 __all__ = [
+    "HEAD_MULTIPLE",
     "Affine",
+    "BankWeights",
     "BlockWeights",
+    "DecoderSizes",
+    "FusedDecoder",
     "Int8Weight",
+    "LayerWeights",
     "Norm",
+    "PackedStep",
     "PackedWeight",
     "Routing",
     "TrellisWeight",

@@ -19,7 +19,7 @@ from duomo.model.ernie import Ernie
 from duomo.model.experts import ExpertBank, note_choice
 from duomo.model.inputs import Batch, KVCache
 from duomo.model.layers import Linear
-from duomo.model.packed import PackedAttention, PackedExperts, PackedLinear, PackedMLP
+from duomo.model.packed_layers import PackedAttention, PackedExperts, PackedLinear, PackedMLP
 from duomo.model.rope import Rotation
 
 

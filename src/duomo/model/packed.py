@@ -1,128 +1,37 @@
-"""The modules of a quantized model: called like `Linear`, `Embedding`, `ExpertBank`, packed inside.
+"""A quantized model built of stored tensors, without ever unpacking them: packed modules where it can.
 
-`build_packed` makes a model from stored tensors without ever unpacking them: weights that a kernel can read
-in place stay memory-mapped. Shapes no kernel takes (a patch of 588, a bank of integers) are unpacked instead.
-A fact easily missed: packed weights are no parameters, so `state_dict` shows only what stayed plain.
+Weights that a kernel can read in place stay memory-mapped. Shapes no kernel takes (a patch of 588, a bank of
+integers) are unpacked instead. Modules all of whose matrices are packed become one call each, and so does the
+decoder (`model.packed_decoder`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from duomo import kernels
 from duomo.errors import MissingTensor, ShapeMismatch, UnexpectedTensor
-from duomo.kernels.reference.packed import unrotate
-from duomo.kernels.weights import NATIVE_BLOCK, Int8Weight, PackedWeight, TrellisWeight
+from duomo.kernels.weights import NATIVE_BLOCK, Int8Weight, TrellisWeight
 from duomo.model.attention import Attention
 from duomo.model.config import ModelConfig
 from duomo.model.ernie import Embedding, Ernie
-from duomo.model.experts import MLP, ExpertBank, Router, note_choice
-from duomo.model.inputs import Batch, KVCache
+from duomo.model.experts import MLP, ExpertBank, Router
 from duomo.model.layers import Linear, RMSNorm
+from duomo.model.packed_decoder import PackedDecoder, fusible
+from duomo.model.packed_layers import (
+    PackedAttention,
+    PackedEmbedding,
+    PackedExperts,
+    PackedLinear,
+    PackedMLP,
+    PackedNorm,
+)
 from duomo.model.packed_vision import pack as pack_blocks
-from duomo.model.rope import Rotation
 from duomo.trellis import IntTensor, TrellisBank, TrellisTensor, hadamard
 
 Stored = TrellisTensor | TrellisBank | IntTensor | Tensor
-
-
-class PackedLinear(nn.Module):
-    """y = x W^T + b, by int8 activations."""
-
-    def __init__(self, weight: PackedWeight, bias: nn.Parameter | None) -> None:
-        super().__init__()
-        self.packed = weight
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = kernels.packed_linear(x, self.packed)
-        return y if self.bias is None else y + self.bias
-
-
-class PackedEmbedding(nn.Module):
-    """Rows of int8, rotated: looked up and turned back, or the head. Rows come out in `dtype`."""
-
-    def __init__(self, weight: Int8Weight, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.packed = weight
-        self.dtype = dtype
-        self._levels = torch.from_numpy(weight.stored.levels)
-        self._scale = torch.from_numpy(weight.stored.row_scale)
-
-    def forward(self, ids_T: Tensor) -> Tensor:
-        rotated = self._levels[ids_T].float() * self._scale[ids_T].float()[..., None]
-        return unrotate(rotated, self.packed.signs, self.packed.block).to(self.dtype)
-
-    def unembed(self, hidden_TD: Tensor) -> Tensor:
-        return kernels.packed_linear(hidden_TD, self.packed)
-
-
-class PackedExperts(nn.Module):
-    """A bank whose experts stay packed; the router is fp32 as ever."""
-
-    def __init__(self, router: Router, gate_up: TrellisWeight, down: TrellisWeight) -> None:
-        super().__init__()
-        self.router = router
-        self.gate_up = gate_up
-        self.down = down
-        self.listener: Callable[[Tensor], None] | None = None  # hears the chosen ids [T, K]
-
-    def forward(
-        self, hidden_TD: Tensor, chosen_TK: Tensor | None = None, rows: Tensor | None = None
-    ) -> Tensor:
-        routing = self.route(hidden_TD)
-        if self.listener is not None:
-            self.listener(routing.expert_ids_TK)
-        note_choice(routing.expert_ids_TK, chosen_TK, rows)
-        chosen = (routing.expert_ids_TK, routing.weights_TK)
-        return kernels.packed_experts(hidden_TD, *chosen, self.gate_up, self.down)
-
-    def route(self, hidden_TD: Tensor) -> kernels.Routing:
-        """What the router says alone; nobody hears of it."""
-        router = self.router
-        return kernels.packed_route(hidden_TD, router.weight, router.bias, router.num_chosen, router.norm_min)
-
-
-class PackedMLP(nn.Module):
-    """Dense layers and shared experts: one native call."""
-
-    def __init__(self, gate: TrellisWeight, up: TrellisWeight, down: TrellisWeight) -> None:
-        super().__init__()
-        self.weights = (gate, up, down)
-
-    def forward(
-        self, hidden_TD: Tensor, batch: Batch | None = None, chosen_TK: Tensor | None = None
-    ) -> Tensor:
-        return kernels.packed_mlp(hidden_TD, *self.weights)
-
-
-class PackedAttention(nn.Module):
-    """Queries, keys and values by one native call, rotated positions included."""
-
-    def __init__(self, q: TrellisWeight, k: TrellisWeight, v: TrellisWeight, o: TrellisWeight) -> None:
-        super().__init__()
-        self.weights = (q, k, v)
-        self.out = o
-
-    def forward(
-        self, hidden_TD: Tensor, rotation: Rotation, layer_index: int, batch: Batch, cache: KVCache
-    ) -> Tensor:
-        query, key, value = kernels.packed_qkv(hidden_TD, *self.weights, *rotation)
-        out_TNH = cache.attend(layer_index, query, key, value, batch)
-        return kernels.packed_linear(out_TNH.flatten(-2), self.out)
-
-
-class PackedNorm(nn.Module):
-    def __init__(self, norm: RMSNorm) -> None:
-        super().__init__()
-        self.weight = norm.weight
-        self.eps = norm.eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.packed_rmsnorm(x, self.weight, self.eps)
 
 
 def build_packed(
@@ -150,6 +59,7 @@ def build_packed(
     _join_banks(model, halves, dtype)
     if model.vision_tower is not None:
         model.vision_tower.blocks = pack_blocks(model.vision_tower.blocks)
+    _fuse(model)
     return model.eval().requires_grad_(False)
 
 
@@ -187,17 +97,29 @@ def _join_banks(model: Ernie, halves: dict[str, TrellisBank], dtype: torch.dtype
 
 
 def _fuse(model: Ernie) -> None:
-    """Modules all of whose matrices are trellis-coded and without bias become one call each."""
+    """Modules all of whose matrices are trellis codes without bias become one call; the decoder too."""
     for path, module in list(model.decoder.named_modules()):
         full = f"decoder.{path}"
         if isinstance(module, Attention):
             if weights := _weights(module.q, module.k, module.v, module.o):
-                _replace(model, full, PackedAttention(*weights))
+                _replace(model, full, PackedAttention(module, *weights))
         elif isinstance(module, MLP):
             if weights := _weights(module.gate, module.up, module.down):
-                _replace(model, full, PackedMLP(*weights))
+                _replace(model, full, PackedMLP(module, *weights))
         elif isinstance(module, RMSNorm):
             _replace(model, full, PackedNorm(module))
+    if layers := fusible(model.decoder, model.config):
+        model.decoder = PackedDecoder(model.decoder, layers)
+
+
+def unfuse(model: Ernie) -> None:
+    """Undoes what `build_packed` joined: every matrix is a module again, as training and adapters want it."""
+    if isinstance(model.decoder, PackedDecoder):
+        (model.decoder,) = model.decoder.plain
+    for path, module in list(model.decoder.named_modules()):
+        if isinstance(module, PackedAttention | PackedMLP | PackedNorm):
+            (plain,) = module.plain
+            _replace(model, f"decoder.{path}", plain)
 
 
 def _weights(*modules: nn.Module) -> list[TrellisWeight] | None:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from duomo import kernels
 from duomo.kernels.weights import PackedWeight, TrellisWeight
+from duomo.model.ernie import Ernie
 from duomo.model.experts import Router
-from duomo.model.packed import PackedEmbedding, PackedExperts, PackedLinear
+from duomo.model.packed import unfuse
+from duomo.model.packed_layers import PackedEmbedding, PackedExperts, PackedLinear
 from duomo.train.banks import run_experts
 
 DECODED_BYTES = 512 << 20  # decoded matrices kept between steps, the least recently used going first
@@ -117,6 +119,8 @@ def open_packed(model: nn.Module) -> int:
         PackedEmbedding: FrozenEmbedding,
         PackedExperts: FrozenBank,
     }
+    if isinstance(model, Ernie):
+        unfuse(model)
     found = [(name, module) for name, module in model.named_modules() if type(module) in twins]
     for name, module in found:
         parent, _, last = name.rpartition(".")

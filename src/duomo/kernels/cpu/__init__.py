@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from duomo import env
 from duomo.errors import NoBackend
+from duomo.kernels.cpu.decoder import BankWeights, DecoderSizes, FusedDecoder, LayerWeights, PackedStep
 from duomo.kernels.cpu.packed import (
     packed_experts,
     packed_linear,
@@ -27,6 +28,11 @@ from duomo.kernels.cpu.vision import (
 
 __all__ = [
     "HEAD_MULTIPLE",
+    "BankWeights",
+    "DecoderSizes",
+    "FusedDecoder",
+    "LayerWeights",
+    "PackedStep",
     "frame_attention",
     "install",
     "is_built",

@@ -1,0 +1,119 @@
+// Python's door to the fused decoder: layers are added one by one, then `run` takes a step's addresses.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include "bind.hpp"
+#include "decoder.hpp"
+
+namespace nb = nanobind;
+
+namespace {
+
+using namespace duomo;
+
+// The stack, and the Python objects whose memory it points into.
+struct Decoder {
+    DecoderStack stack;
+    std::vector<nb::object> kept;
+
+    const TrellisBank* bank(nb::handle object, int64_t rows, int64_t columns) {
+        if (object.is_none()) return nullptr;
+        const TrellisBank& own = nb::cast<const Trellis&>(object).bank;
+        if ((rows && own.rows != rows) || (columns && own.columns != columns))
+            throw nb::value_error("a matrix of a layer has another shape");
+        kept.push_back(nb::borrow(object));
+        return &own;
+    }
+
+    const float* array(nb::handle object, int64_t size) {
+        const auto own = nb::cast<Array<float>>(object);
+        if (int64_t(own.size()) != size) throw nb::value_error("a vector of a layer has another length");
+        kept.push_back(nb::cast(own));
+        return own.data();
+    }
+
+    RoutedBank routed(nb::handle object) {
+        if (object.is_none()) return {};
+        const auto parts = nb::cast<nb::tuple>(object);  // router, bias, gate_up, down
+        RoutedBank own;
+        own.gate_up = bank(parts[2], 0, stack.width);
+        own.down = bank(parts[3], stack.width, own.gate_up->rows / 2);
+        if (own.gate_up->count != own.down->count || own.gate_up->rows % 2 || stack.chosen > own.gate_up->count)
+            throw nb::value_error("gate_up must be [E, 2F, D] and down [E, D, F]");
+        own.router = array(parts[0], own.gate_up->count * stack.width);
+        own.bias = array(parts[1], own.gate_up->count);
+        return own;
+    }
+
+    Mlp mlp(nb::handle object) {
+        if (object.is_none()) return {};
+        const auto parts = nb::cast<nb::tuple>(object);  // gate, up, down
+        Mlp own;
+        own.gate = bank(parts[0], 0, stack.width);
+        own.up = bank(parts[1], own.gate->rows, stack.width);
+        own.down = bank(parts[2], stack.width, own.gate->rows);
+        return own;
+    }
+};
+
+void make_decoder(Decoder* self, nb::object norm, int64_t width, int64_t num_heads, int64_t groups, int64_t head_dim,
+                  int64_t chosen, float eps, float norm_min) {
+    if (groups < 1 || num_heads % groups || head_dim % 16) throw nb::value_error("heads do not divide");
+    Decoder* own = new (self) Decoder{};
+    own->stack = {{}, nullptr, width, num_heads, groups, head_dim, chosen, eps, norm_min};
+    own->stack.norm = own->array(norm, width);
+}
+
+void add_layer(Decoder& self, nb::tuple norms, nb::tuple attention, nb::object text, nb::object vision,
+               nb::object mlp) {
+    const DecoderStack& stack = self.stack;
+    const int64_t wide = stack.num_heads * stack.head_dim, narrow = stack.groups * stack.head_dim;
+    DecoderLayer layer{};
+    layer.input_norm = self.array(norms[0], stack.width);
+    layer.post_norm = self.array(norms[1], stack.width);
+    layer.q = self.bank(attention[0], wide, stack.width);
+    layer.k = self.bank(attention[1], narrow, stack.width);
+    layer.v = self.bank(attention[2], narrow, stack.width);
+    layer.o = self.bank(attention[3], stack.width, wide);
+    layer.text = self.routed(text);
+    layer.vision = self.routed(vision);
+    layer.mlp = self.mlp(mlp);
+    if (!layer.text.router && !layer.mlp.gate) throw nb::value_error("a layer needs a bank or an MLP");
+    self.stack.layers.push_back(layer);
+}
+
+// Shapes and page numbers are checked by duomo.kernels.cpu.decoder.
+void run(const Decoder& self, Address hidden, Address out, int64_t tokens, nb::tuple angles, nb::tuple store,
+         nb::tuple table, nb::tuple rows, Address expert_ids) {
+    const auto address = [](nb::handle item) { return nb::cast<Address>(item); };
+    const auto number = [](nb::handle item) { return nb::cast<int64_t>(item); };
+    const PagedStore paged = {at<void>(address(store[0])), at<void>(address(store[1])), at<float>(address(store[2])),
+                              at<float>(address(store[3])), Stored(int(number(store[4]))), number(store[5]),
+                              number(store[6])};
+    const StepTokens step = {tokens,
+                             at<float>(address(angles[0])),
+                             at<float>(address(angles[1])),
+                             at<int64_t>(address(table[0])),
+                             at<int64_t>(address(table[1])),
+                             number(table[2]),
+                             at<int64_t>(address(table[3])),
+                             at<int64_t>(address(table[4])),
+                             at<int64_t>(address(rows[0])),
+                             at<int64_t>(address(rows[1])),
+                             number(rows[2]),
+                             number(rows[3]),
+                             at<int64_t>(expert_ids)};
+    nb::gil_scoped_release release;
+    run_decoder(self.stack, paged, step, at<float>(hidden), at<float>(out));
+}
+
+}  // namespace
+
+void bind_decoder(nb::module_& m) {
+    nb::class_<Decoder>(m, "Decoder", "All layers of a packed decoder as one call.")
+        .def("__init__", &make_decoder, nb::arg("norm"), nb::arg("width"), nb::arg("num_heads"), nb::arg("groups"),
+             nb::arg("head_dim"), nb::arg("chosen"), nb::arg("eps"), nb::arg("norm_min"))
+        .def("add_layer", &add_layer, nb::arg("norms"), nb::arg("attention"), nb::arg("text").none(),
+             nb::arg("vision").none(), nb::arg("mlp").none())
+        .def("run", &run);
+}

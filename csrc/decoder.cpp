@@ -1,0 +1,182 @@
+#include "decoder.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "pool.hpp"
+#include "rotate.hpp"
+
+namespace duomo {
+namespace {
+
+struct Workspace {
+    std::vector<float> normed, query, key, value, attended, delta, shared;
+    ActivationBuffer attended_q;
+    // of one bank: its tokens, where not all of them, and their routing
+    struct Bank {
+        std::vector<float> hidden, weights, out;
+        std::vector<int64_t> expert_ids;
+    } banks[2];
+};
+
+template <class T>
+T* grown(std::vector<T>& memory, int64_t count) {
+    if (int64_t(memory.size()) < count) memory.resize(size_t(count));
+    return memory.data();
+}
+
+uint16_t to_bfloat16(float x) {  // to nearest even; a NaN stays one
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) return 0x7FC0;
+    return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+// One head of one token into its slot, as the cache keeps it.
+void store_head(const float* x, int64_t width, Stored stored, void* data, float* scale, int64_t row) {
+    switch (stored) {
+        case Stored::float32: std::copy_n(x, width, static_cast<float*>(data) + row * width); break;
+        case Stored::bfloat16:
+            for (int64_t i = 0; i < width; ++i) static_cast<uint16_t*>(data)[row * width + i] = to_bfloat16(x[i]);
+            break;
+        case Stored::int8: {
+            float peak = 0.0f;
+            for (int64_t i = 0; i < width; ++i) peak = std::max(peak, std::fabs(x[i]));
+            const float unit = std::max(peak, 1e-12f) / 127.0f;
+            for (int64_t i = 0; i < width; ++i)
+                static_cast<int8_t*>(data)[row * width + i] = int8_t(std::nearbyint(x[i] / unit));
+            scale[row] = unit;
+        }
+    }
+}
+
+void add_rows(const float* x, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] += x[i];
+}
+
+// A step of one layer; the members are what does not change within it.
+struct Pass {
+    const DecoderStack& stack;
+    const PagedStore& store;
+    const StepTokens& step;
+    Workspace& work;
+    float* hidden;
+
+    void norm(const float* weight, float* out) const {
+        for (int64_t t = 0; t < step.tokens; ++t)
+            rotate_kernels().rmsnorm(hidden + t * stack.width, weight, stack.eps, stack.width, out + t * stack.width);
+    }
+
+    CacheSide side(void* data, float* scale, int64_t layer) const {
+        const int64_t rows = store.slots * stack.groups, bytes = store.stored == Stored::float32    ? 4
+                                                                 : store.stored == Stored::bfloat16 ? 2
+                                                                                                    : 1;
+        return {static_cast<char*>(data) + layer * rows * stack.head_dim * bytes,
+                scale ? scale + layer * rows : nullptr, store.stored, stack.groups, stack.head_dim};
+    }
+
+    void append(const CacheSide& own, const float* x) const {
+        for (int64_t t = 0; t < step.tokens; ++t)
+            for (int64_t g = 0; g < stack.groups; ++g)
+                store_head(x + (t * stack.groups + g) * stack.head_dim, stack.head_dim, own.stored,
+                           const_cast<void*>(own.data), const_cast<float*>(own.scale),
+                           step.slots[t] * stack.groups + g);
+    }
+
+    void attention(const DecoderLayer& layer, int64_t index) const {
+        const int64_t tokens = step.tokens, wide = stack.num_heads * stack.head_dim;
+        const int64_t narrow = stack.groups * stack.head_dim;
+        float* normed = grown(work.normed, tokens * stack.width);
+        norm(layer.input_norm, normed);
+        const TrellisBank* const banks[3] = {layer.q, layer.k, layer.v};
+        float* const y[3] = {grown(work.query, tokens * wide), grown(work.key, tokens * narrow),
+                             grown(work.value, tokens * narrow)};
+        linear_shared(banks, 3, normed, tokens, y);
+        rotate_heads(y[0], tokens, wide, stack.head_dim, step.cos, step.sin);
+        rotate_heads(y[1], tokens, narrow, stack.head_dim, step.cos, step.sin);
+        const CacheSide key = side(store.key, store.key_scale, index), value = side(store.value, store.value_scale, index);
+        append(key, y[1]);
+        append(value, y[2]);
+        float* attended = grown(work.attended, tokens * wide);
+        paged_attention(y[0], key, value, step.pages, step.table_width, store.page_size, step.sequence, step.num_keys,
+                        tokens, stack.num_heads, attended);
+        float* delta = grown(work.delta, tokens * stack.width);
+        const TrellisBank& o = *layer.o;
+        linear(o.matrix(0), work.attended_q.fill(attended, o.signs_or_null(), tokens, o.columns, o.block), delta);
+        add_rows(delta, tokens * stack.width, hidden);
+    }
+
+    // The tokens of one modality: gathered, unless they are all, and routed.
+    Routed route_bank(const RoutedBank& bank, const int64_t* rows, int64_t count, const float* normed, float* out,
+                      int64_t* chosen_ids, Workspace::Bank& own) const {
+        const int64_t width = stack.width, chosen = stack.chosen, is_part = count < step.tokens;
+        const float* x = normed;
+        if (is_part) {
+            float* gathered = grown(own.hidden, count * width);
+            for (int64_t i = 0; i < count; ++i) std::copy_n(normed + rows[i] * width, width, gathered + i * width);
+            x = gathered;
+        }
+        int64_t* ids = is_part ? grown(own.expert_ids, count * chosen) : chosen_ids;
+        float* weights = grown(own.weights, count * chosen);
+        route(x, bank.router, bank.bias, count, width, bank.gate_up->count, chosen, stack.norm_min, ids, weights);
+        if (is_part)
+            for (int64_t i = 0; i < count; ++i) std::copy_n(ids + i * chosen, chosen, chosen_ids + rows[i] * chosen);
+        return {bank.gate_up, bank.down, x,   ids, weights,
+                count,        chosen,    is_part ? grown(own.out, count * width) : out};
+    }
+
+    void feed_forward(const DecoderLayer& layer, int64_t index) const {
+        const int64_t tokens = step.tokens, width = stack.width;
+        float* normed = grown(work.normed, tokens * width);
+        norm(layer.post_norm, normed);
+        float* delta = grown(work.delta, tokens * width);
+        float* shared = grown(work.shared, tokens * width);
+        const Mlp* mlp = layer.mlp.gate ? &layer.mlp : nullptr;
+        if (!layer.text.router) {
+            mixture(nullptr, 0, mlp, normed, tokens, delta);
+            return add_rows(delta, tokens * width, hidden);
+        }
+        int64_t* ids = step.expert_ids + index * tokens * stack.chosen;
+        const int64_t* const rows[2] = {step.text_rows, step.vision_rows};
+        const int64_t counts[2] = {layer.vision.router ? step.num_text : tokens,
+                                   layer.vision.router ? step.num_vision : 0};
+        Routed routed[2];
+        const int64_t* used[2] = {};
+        int64_t num_banks = 0;
+        for (int which = 0; which < 2; ++which)
+            if (counts[which]) {
+                used[num_banks] = rows[which];
+                routed[num_banks++] = route_bank(which ? layer.vision : layer.text, rows[which], counts[which], normed,
+                                                 delta, ids, work.banks[which]);
+            }
+        mixture(routed, num_banks, mlp, normed, tokens, shared);
+        for (int64_t i = 0; i < num_banks; ++i)
+            if (routed[i].out != delta)
+                for (int64_t row = 0; row < routed[i].tokens; ++row)
+                    std::copy_n(routed[i].out + row * width, width, delta + used[i][row] * width);
+        if (mlp) add_rows(shared, tokens * width, delta);
+        add_rows(delta, tokens * width, hidden);
+    }
+};
+
+}  // namespace
+
+void rotate_heads(float* x, int64_t tokens, int64_t row, int64_t head_dim, const float* cos, const float* sin) {
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t i = 0; i < row; i += head_dim)
+            rotate_kernels().rotate_pairs(x + t * row + i, cos + t * head_dim / 2, sin + t * head_dim / 2, head_dim);
+}
+
+void run_decoder(const DecoderStack& stack, const PagedStore& store, const StepTokens& step, float* hidden, float* out) {
+    static thread_local Workspace work;
+    const Pass pass{stack, store, step, work, hidden};
+    if (!step.tokens) return;
+    for (size_t i = 0; i < stack.layers.size(); ++i) {
+        pass.attention(stack.layers[i], int64_t(i));
+        pass.feed_forward(stack.layers[i], int64_t(i));
+    }
+    pass.norm(stack.norm, out);
+}
+
+}  // namespace duomo

@@ -1,0 +1,62 @@
+// The whole decoder as one call: norms, attention through the pages of the cache, banks and shared experts, layer by
+// layer. It calls what the other headers offer in the order in which `model/decoder.py` does, so its bits are those of
+// the layers called one by one. Nothing is allocated once memory has grown to the largest step.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attention.hpp"
+#include "experts.hpp"
+
+namespace duomo {
+
+// A bank of routed experts and its router; `router` is null where a layer has no such bank.
+struct RoutedBank {
+    const float* router = nullptr;  // [E][D]
+    const float* bias = nullptr;    // [E]
+    const TrellisBank *gate_up = nullptr, *down = nullptr;
+};
+
+struct DecoderLayer {
+    const float *input_norm, *post_norm;  // [D]
+    const TrellisBank *q, *k, *v, *o;
+    RoutedBank text, vision;
+    Mlp mlp;  // the dense one, or the shared experts; null pointers where there is none
+};
+
+struct DecoderStack {
+    std::vector<DecoderLayer> layers;
+    const float* norm;  // [D]
+    int64_t width, num_heads, groups, head_dim, chosen;
+    float eps, norm_min;
+};
+
+// Keys and values of all layers: [layers][slots][groups][head_dim] a side; `scale` [layers][slots][groups] for int8.
+struct PagedStore {
+    void *key, *value;
+    float *key_scale, *value_scale;
+    Stored stored;
+    int64_t slots, page_size;
+};
+
+// The new tokens of a step, packed one sequence after another (`model.Batch`).
+struct StepTokens {
+    int64_t tokens;
+    const float *cos, *sin;          // [T][H/2]
+    const int64_t* slots;            // [T]
+    const int64_t* pages;            // [S][table_width]
+    int64_t table_width;
+    const int64_t *sequence, *num_keys;  // [T]
+    const int64_t *text_rows, *vision_rows;
+    int64_t num_text, num_vision;
+    int64_t* expert_ids;             // [layers][T][K]: what the routers chose; layers without a bank are left alone
+};
+
+// hidden[T][D] through all layers, in place, then the last norm into out[T][D].
+void run_decoder(const DecoderStack&, const PagedStore&, const StepTokens&, float* hidden, float* out);
+
+// Rotates the queries and keys of T tokens in place: rows of whole heads.
+void rotate_heads(float* x, int64_t tokens, int64_t row, int64_t head_dim, const float* cos, const float* sin);
+
+}  // namespace duomo

@@ -1,0 +1,163 @@
+"""All layers of a packed decoder as one native call, by csrc/decoder.cpp.
+
+The specification is `model/decoder.py`, module by module: `tests/kernels/test_decoder.py` asks for its bits.
+Pointers go down unchecked, so shapes, rows, slots and pages are settled here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from duomo.errors import KernelError
+from duomo.kernels.cpu.paged_attention import STORED
+from duomo.kernels.weights import TrellisWeight
+
+
+class BankWeights(NamedTuple):
+    """Router [E, D] and correction bias [E], fp32; gate_up [E, 2F, D], down [E, D, F]."""
+
+    router: Tensor
+    bias: Tensor
+    gate_up: TrellisWeight
+    down: TrellisWeight
+
+
+class LayerWeights(NamedTuple):
+    """Norms [D] fp32; q, k, v, o; the banks; gate, up, down of the dense or shared MLP. None: no such."""
+
+    norms: tuple[Tensor, Tensor]
+    attention: tuple[TrellisWeight, TrellisWeight, TrellisWeight, TrellisWeight]
+    text: BankWeights | None
+    vision: BankWeights | None
+    mlp: tuple[TrellisWeight, TrellisWeight, TrellisWeight] | None
+
+
+class DecoderSizes(NamedTuple):
+    width: int
+    num_heads: int
+    groups: int
+    head_dim: int
+    chosen: int
+    eps: float
+    norm_min: float
+
+
+class PackedStep(NamedTuple):
+    """A step's tokens, `T` of `S` sequences: angles fp32 [T, H/2], the rest int64.
+
+    store is [2, layers, slots, G, H] fp32, bf16 or int8; scale fp32 [2, layers, slots, G] for int8 or None.
+    """
+
+    cos_TP: Tensor
+    sin_TP: Tensor
+    store: Tensor
+    scale: Tensor | None
+    page_size: int
+    slots_T: Tensor
+    page_table_SM: Tensor
+    sequence_T: Tensor
+    num_keys_T: Tensor
+    text_rows: Tensor
+    vision_rows: Tensor
+
+
+class FusedDecoder:
+    """Built once of a model's weights, which it keeps alive; `run` once a step."""
+
+    def __init__(self, sizes: DecoderSizes, norm: Tensor, layers: Sequence[LayerWeights]) -> None:
+        from duomo import _native
+
+        self.sizes, self.num_layers = sizes, len(layers)
+        self._native: Any = _native.Decoder(norm=_array(norm), **sizes._asdict())
+        for layer in layers:
+            self._native.add_layer(
+                norms=tuple(_array(x) for x in layer.norms),
+                attention=tuple(weight.native for weight in layer.attention),
+                text=_bank(layer.text),
+                vision=_bank(layer.vision),
+                mlp=None if layer.mlp is None else tuple(weight.native for weight in layer.mlp),
+            )
+
+    def run(self, hidden_TD: Tensor, step: PackedStep, expert_ids_LTK: Tensor) -> Tensor:
+        """Final hidden states, normed: fp32 [T, D]. Writes keys, values and the experts chosen.
+
+        KernelError where a token's slot, sequence, length or page lies outside the cache.
+        """
+        tokens = hidden_TD.shape[0]
+        out = torch.empty(hidden_TD.shape)
+        if not tokens:
+            return out
+        hidden = hidden_TD.detach().float().clone(memory_format=torch.contiguous_format)
+        angles = [x.float().contiguous() for x in (step.cos_TP, step.sin_TP)]
+        table = [x.to(torch.int64).contiguous() for x in step[5:]]
+        self._check(tokens, step, expert_ids_LTK)
+        slots, pages, sequence, num_keys, text, vision = table
+        scales = (0, 0) if step.scale is None else (step.scale[0].data_ptr(), step.scale[1].data_ptr())
+        self._native.run(
+            hidden.data_ptr(),
+            out.data_ptr(),
+            tokens,
+            tuple(x.data_ptr() for x in angles),
+            (
+                step.store[0].data_ptr(),
+                step.store[1].data_ptr(),
+                *scales,
+                STORED[step.store.dtype],
+                step.store.shape[2],
+                step.page_size,
+            ),
+            (
+                slots.data_ptr(),
+                pages.data_ptr(),
+                pages.shape[1],
+                sequence.data_ptr(),
+                num_keys.data_ptr(),
+            ),
+            (text.data_ptr(), vision.data_ptr(), text.numel(), vision.numel()),
+            expert_ids_LTK.data_ptr(),
+        )
+        return out
+
+    def _check(self, tokens: int, step: PackedStep, expert_ids_LTK: Tensor) -> None:
+        _, layers, num_slots, groups, head_dim = step.store.shape
+        sizes = self.sizes
+        assert (layers, groups, head_dim) == (self.num_layers, sizes.groups, sizes.head_dim), "another cache"
+        assert step.store.is_contiguous() and step.store.dtype in STORED, "a cache the kernel does not read"
+        assert (step.scale is not None) == (step.store.dtype is torch.int8), "int8 has scales"
+        assert step.cos_TP.shape == step.sin_TP.shape == (tokens, head_dim // 2), "one angle a token and pair"
+        assert expert_ids_LTK.shape == (layers, tokens, sizes.chosen) and expert_ids_LTK.is_contiguous()
+        assert expert_ids_LTK.dtype is torch.int64
+        assert step.text_rows.numel() + step.vision_rows.numel() == tokens, "every token has one bank"
+        pages = step.page_table_SM
+        fits = (
+            step.slots_T.numel() == step.sequence_T.numel() == step.num_keys_T.numel() == tokens
+            and _within(step.slots_T, 0, num_slots)
+            and _within(step.sequence_T, 0, pages.shape[0])
+            and _within(step.num_keys_T, 1, pages.shape[1] * step.page_size + 1)
+            and _within(pages, 0, num_slots // step.page_size)
+            and _within(step.text_rows, 0, tokens)
+            and _within(step.vision_rows, 0, tokens)
+        )
+        if not fits:
+            raise KernelError("a token's slot, sequence, length or page lies outside the cache")
+
+
+def _within(x: Tensor, low: int, high: int) -> bool:
+    if not x.numel():
+        return True
+    least, most = x.aminmax()
+    return low <= int(least) and int(most) < high
+
+
+def _array(x: Tensor) -> Any:
+    return x.detach().float().contiguous().numpy()
+
+
+def _bank(bank: BankWeights | None) -> tuple[Any, ...] | None:
+    if bank is None:
+        return None
+    return _array(bank.router), _array(bank.bias), bank.gate_up.native, bank.down.native
