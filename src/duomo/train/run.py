@@ -168,7 +168,7 @@ def _run_stage(
             group["lr"] = rate_at(stage, step) * group["rate_scale"]
         optimizer.zero_grad()
         with fast_products(recipe.bf16, model.embed.weight.device):
-            loss, score = _losses(stage, model, head, batch)
+            loss, score = losses_of(stage, model, head, batch)
             seen = watch.take()
             total: Tensor = loss
             for router, routing in seen:
@@ -190,7 +190,7 @@ def _run_stage(
         handle.remove()
 
 
-def _losses(stage: Stage, model: Ernie, head: vision_stage.CellHead, batch: Any) -> tuple[Tensor, float]:
+def losses_of(stage: Stage, model: Ernie, head: vision_stage.CellHead, batch: Any) -> tuple[Tensor, float]:
     """The dense loss, or that of the answers with the dense one beside it; and the share that was right."""
     if stage.is_dense:
         return vision_stage.cell_loss(model, head, batch)
