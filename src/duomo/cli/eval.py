@@ -22,6 +22,7 @@ def eval(
     json: Annotated[Path | None, typer.Option(help="also write the result here")] = None,
     read: Annotated[int | None, typer.Option(help="pictures to read")] = None,
     other: Annotated[int | None, typer.Option(help="questions of every other kind")] = None,
+    family: Annotated[int | None, typer.Option(help="questions of every kind of the wider families")] = None,
 ) -> None:
     """Measures exact answers by kind, beside a blind and a majority baseline; on --data also the loss."""
     if data:
@@ -29,7 +30,7 @@ def eval(
         return
     from duomo.evals.__main__ import run
 
-    run(model, cache, json, read, other)
+    run(model, cache, json, read, other, family)
 
 
 def _own_rows(

@@ -25,8 +25,8 @@ def sheet(family: str, cache: Path, seed: int = 0) -> Image.Image | None:
         return None
     width, height = (GAP_PX + max(sizes) for sizes in zip(*(p.size for p in pictures), strict=True))
     page = Image.new("RGB", (COLUMNS * width, ROWS * height), "white")
-    for index, picture in enumerate(pictures):
-        page.paste(picture, (index % COLUMNS * width, index // COLUMNS * height))
+    for index, drawn in enumerate(pictures):
+        page.paste(drawn, (index % COLUMNS * width, index // COLUMNS * height))
     return page
 
 

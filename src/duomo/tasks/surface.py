@@ -99,10 +99,10 @@ def _defects(rng: np.random.Generator, is_ok: bool, allowed: int) -> list[tuple[
     else:
         kinds = [pick(rng, ("crack", "undercut", "spatter", "wrong part"))]
         kinds += ["pore"] * int(rng.integers(0, 2))
-    slots = rng.choice(7, size=len(kinds), replace=False)
-    return sorted(
-        ((kind, 12 + 15 * int(slot)) for kind, slot in zip(kinds, slots, strict=True)), key=lambda d: d[1]
-    )
+    # Columns to the pixel: few single defects would else be left for the small splits.
+    columns = 12 + 15 * rng.choice(7, size=len(kinds), replace=False) + rng.integers(-5, 6, size=len(kinds))
+    found = [(kind, int(column)) for kind, column in zip(kinds, columns, strict=True)]
+    return sorted(found, key=lambda defect: defect[1])
 
 
 def _verdict(
@@ -131,7 +131,7 @@ def draw(
         _bead(rng, canvas, metal, middle, half)
     marks = []
     for kind, x in defects:
-        y = _defect(rng, canvas, pools, kind, x + rng.uniform(-2, 2), middle, half, metal)
+        y = _defect(rng, canvas, pools, kind, x, middle, half, metal)
         marks.append(Mark(f"defect {kind}", y, x))
     return noisy(rng, canvas.pixels()), tuple(marks)
 
