@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="where fetched packages lie")
     given = parser.parse_args()
     for split, name, num in (("train", "train", given.num), ("test", "unseen", given.unseen)):
-        path = write_rows(given.family, load_pools(given.cache, split), given.out, name, num)  # type: ignore[arg-type]
+        path = write_rows(given.family, load_pools(given.cache, split), given.out, name, num)
         print(path)
 
 
