@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from duomo.errors import TrainingError
+from duomo.evals import families
 from duomo.evals.contrast import Contrast, contrasts
 from duomo.evals.embedded import Score, answer_blind, score_by_kind, score_json
 from duomo.evals.families import family_questions, rendered_questions
@@ -156,6 +157,12 @@ def test_schemdraw_draws_every_shape(shape: str) -> None:
     numbers = sum(len(group) for group in SHAPES[shape]) + (shape == "bridge")
     picture = circuit_by_schemdraw(Circuit(shape, tuple(range(2, 2 + numbers))))
     assert picture.shape == (112, 168, 3) and 0.005 < (picture.mean(-1) < 128).mean() < 0.2
+
+
+def test_a_missing_renderer_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "find_spec", lambda name: None if name == "schemdraw" else object())
+    with pytest.raises(TrainingError, match="schemdraw is not installed: pip install"):
+        rendered_questions(made_up_pools("test"), 1)
 
 
 @pytest.mark.slow

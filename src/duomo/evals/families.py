@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 
+from duomo.errors import TrainingError
 from duomo.evals import renderers
 from duomo.evals.questions import SEED, Question, question_of
 from duomo.tasks import charts, circuits
@@ -33,7 +35,10 @@ def family_questions(pools: Pools, num: int) -> list[Question]:
 
 
 def rendered_questions(pools: Pools, num: int) -> list[Question]:
-    """Charts by matplotlib and circuits by schemdraw: `num` of every kind."""
+    """Charts by matplotlib and circuits by schemdraw: `num` of every kind. TrainingError without them."""
+    missing = [name for name in ("matplotlib", "schemdraw") if find_spec(name) is None]
+    if missing:
+        raise TrainingError(f"{missing[0]} is not installed: pip install duomo[train], or ask --family 0")
     by_matplotlib = _first(num, _drawn(pools, num, 30, _chart), " (matplotlib)")
     return by_matplotlib + _first(num, _drawn(pools, num, 31, _circuit), " (schemdraw)")
 
