@@ -1,6 +1,9 @@
 // Python's door to the fused decoder: layers are added one by one, then `run` takes a step's addresses.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+
+#include <optional>
 
 #include "bind.hpp"
 #include "decoder.hpp"
@@ -11,14 +14,40 @@ namespace {
 
 using namespace duomo;
 
-// The stack, and the Python objects whose memory it points into.
+// A plain matrix [N, K] or bank [E, N, K], and a bias [N] or none.
+struct Dense {
+    Array<float> weight;
+    std::optional<Array<float>> bias;
+    DenseBank bank;
+};
+
+void make_dense(Dense* self, Array<float> weight, std::optional<Array<float>> bias) {
+    const size_t ndim = weight.ndim();
+    if (ndim != 2 && ndim != 3) throw nb::value_error("a matrix [N, K], or a bank [E, N, K]");
+    const DenseBank bank = {weight.data(), bias ? bias->data() : nullptr, ndim == 3 ? int64_t(weight.shape(0)) : 1,
+                            int64_t(weight.shape(ndim - 2)), int64_t(weight.shape(ndim - 1))};
+    if (bias && (ndim == 3 || int64_t(bias->size()) != bank.rows)) throw nb::value_error("a bias is [N]");
+    new (self) Dense{weight, bias, bank};
+}
+
+// Addresses of weight[N][K], bias[N] or 0, x[T][K] and y[T][N].
+void dense_linear(Address weight, Address bias, int64_t rows, int64_t columns, Address x, int64_t tokens, Address y) {
+    nb::gil_scoped_release release;
+    const DenseProduct product = {at<float>(weight), at<float>(bias), at<float>(x), nullptr,
+                                  at<float>(y),      rows,            columns,      tokens};
+    multiply_each(&product, 1);
+}
+
+// The stack, and the Python objects whose memory it points into. `Stored` is Trellis or Dense.
+template <class Stored>
 struct Decoder {
-    DecoderStack stack;
+    using Bank = decltype(Stored::bank);
+    DecoderStack<Bank> stack;
     std::vector<nb::object> kept;
 
-    const TrellisBank* bank(nb::handle object, int64_t rows, int64_t columns) {
+    const Bank* bank(nb::handle object, int64_t rows, int64_t columns) {
         if (object.is_none()) return nullptr;
-        const TrellisBank& own = nb::cast<const Trellis&>(object).bank;
+        const Bank& own = nb::cast<const Stored&>(object).bank;
         if ((rows && own.rows != rows) || (columns && own.columns != columns))
             throw nb::value_error("a matrix of a layer has another shape");
         kept.push_back(nb::borrow(object));
@@ -32,10 +61,10 @@ struct Decoder {
         return own.data();
     }
 
-    RoutedBank routed(nb::handle object) {
+    RoutedBank<Bank> routed(nb::handle object) {
         if (object.is_none()) return {};
         const auto parts = nb::cast<nb::tuple>(object);  // router, bias, gate_up, down
-        RoutedBank own;
+        RoutedBank<Bank> own;
         own.gate_up = bank(parts[2], 0, stack.width);
         own.down = bank(parts[3], stack.width, own.gate_up->rows / 2);
         if (own.gate_up->count != own.down->count || own.gate_up->rows % 2 || stack.chosen > own.gate_up->count)
@@ -45,10 +74,10 @@ struct Decoder {
         return own;
     }
 
-    Mlp mlp(nb::handle object) {
+    Mlp<Bank> mlp(nb::handle object) {
         if (object.is_none()) return {};
         const auto parts = nb::cast<nb::tuple>(object);  // gate, up, down
-        Mlp own;
+        Mlp<Bank> own;
         own.gate = bank(parts[0], 0, stack.width);
         own.up = bank(parts[1], own.gate->rows, stack.width);
         own.down = bank(parts[2], stack.width, own.gate->rows);
@@ -56,19 +85,21 @@ struct Decoder {
     }
 };
 
-void make_decoder(Decoder* self, nb::object norm, int64_t width, int64_t num_heads, int64_t groups, int64_t head_dim,
-                  int64_t chosen, float eps, float norm_min) {
+template <class Stored>
+void make_decoder(Decoder<Stored>* self, nb::object norm, int64_t width, int64_t num_heads, int64_t groups,
+                  int64_t head_dim, int64_t chosen, float eps, float norm_min) {
     if (groups < 1 || num_heads % groups || head_dim % 16) throw nb::value_error("heads do not divide");
-    Decoder* own = new (self) Decoder{};
+    auto* own = new (self) Decoder<Stored>{};
     own->stack = {{}, nullptr, width, num_heads, groups, head_dim, chosen, eps, norm_min};
     own->stack.norm = own->array(norm, width);
 }
 
-void add_layer(Decoder& self, nb::tuple norms, nb::tuple attention, nb::object text, nb::object vision,
+template <class Stored>
+void add_layer(Decoder<Stored>& self, nb::tuple norms, nb::tuple attention, nb::object text, nb::object vision,
                nb::object mlp) {
-    const DecoderStack& stack = self.stack;
+    const auto& stack = self.stack;
     const int64_t wide = stack.num_heads * stack.head_dim, narrow = stack.groups * stack.head_dim;
-    DecoderLayer layer{};
+    DecoderLayer<typename Decoder<Stored>::Bank> layer{};
     layer.input_norm = self.array(norms[0], stack.width);
     layer.post_norm = self.array(norms[1], stack.width);
     layer.q = self.bank(attention[0], wide, stack.width);
@@ -83,12 +114,13 @@ void add_layer(Decoder& self, nb::tuple norms, nb::tuple attention, nb::object t
 }
 
 // Shapes and page numbers are checked by duomo.kernels.cpu.decoder.
-void run(const Decoder& self, Address hidden, Address out, int64_t tokens, nb::tuple angles, nb::tuple store,
+template <class Kind>
+void run(const Decoder<Kind>& self, Address hidden, Address out, int64_t tokens, nb::tuple angles, nb::tuple store,
          nb::tuple table, nb::tuple rows, Address expert_ids) {
     const auto address = [](nb::handle item) { return nb::cast<Address>(item); };
     const auto number = [](nb::handle item) { return nb::cast<int64_t>(item); };
     const PagedStore paged = {at<void>(address(store[0])), at<void>(address(store[1])), at<float>(address(store[2])),
-                              at<float>(address(store[3])), Stored(int(number(store[4]))), number(store[5]),
+                              at<float>(address(store[3])), duomo::Stored(int(number(store[4]))), number(store[5]),
                               number(store[6])};
     const StepTokens step = {tokens,
                              at<float>(address(angles[0])),
@@ -107,13 +139,22 @@ void run(const Decoder& self, Address hidden, Address out, int64_t tokens, nb::t
     run_decoder(self.stack, paged, step, at<float>(hidden), at<float>(out));
 }
 
+template <class Stored>
+void bind_one(nb::module_& m, const char* name, const char* text) {
+    nb::class_<Decoder<Stored>>(m, name, text)
+        .def("__init__", &make_decoder<Stored>, nb::arg("norm"), nb::arg("width"), nb::arg("num_heads"),
+             nb::arg("groups"), nb::arg("head_dim"), nb::arg("chosen"), nb::arg("eps"), nb::arg("norm_min"))
+        .def("add_layer", &add_layer<Stored>, nb::arg("norms"), nb::arg("attention"), nb::arg("text").none(),
+             nb::arg("vision").none(), nb::arg("mlp").none())
+        .def("run", &run<Stored>);
+}
+
 }  // namespace
 
 void bind_decoder(nb::module_& m) {
-    nb::class_<Decoder>(m, "Decoder", "All layers of a packed decoder as one call.")
-        .def("__init__", &make_decoder, nb::arg("norm"), nb::arg("width"), nb::arg("num_heads"), nb::arg("groups"),
-             nb::arg("head_dim"), nb::arg("chosen"), nb::arg("eps"), nb::arg("norm_min"))
-        .def("add_layer", &add_layer, nb::arg("norms"), nb::arg("attention"), nb::arg("text").none(),
-             nb::arg("vision").none(), nb::arg("mlp").none())
-        .def("run", &run);
+    nb::class_<Dense>(m, "Dense", "A plain fp32 matrix, or a bank of them.")
+        .def("__init__", &make_dense, nb::arg("weight"), nb::arg("bias").none());
+    m.def("dense_linear", &dense_linear);
+    bind_one<Trellis>(m, "Decoder", "All layers of a packed decoder as one call.");
+    bind_one<Dense>(m, "DenseDecoder", "All layers of a plain decoder as one call.");
 }

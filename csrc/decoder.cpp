@@ -12,9 +12,8 @@ namespace {
 
 struct Workspace {
     std::vector<float> normed, query, key, value, attended, delta, shared;
-    ActivationBuffer attended_q;
     // of one bank: its tokens, where not all of them, and their routing
-    struct Bank {
+    struct Routing {
         std::vector<float> hidden, weights, out;
         std::vector<int64_t> expert_ids;
     } banks[2];
@@ -56,8 +55,9 @@ void add_rows(const float* x, int64_t count, float* out) {
 }
 
 // A step of one layer; the members are what does not change within it.
+template <class Bank>
 struct Pass {
-    const DecoderStack& stack;
+    const DecoderStack<Bank>& stack;
     const PagedStore& store;
     const StepTokens& step;
     Workspace& work;
@@ -84,12 +84,12 @@ struct Pass {
                            step.slots[t] * stack.groups + g);
     }
 
-    void attention(const DecoderLayer& layer, int64_t index) const {
+    void attention(const DecoderLayer<Bank>& layer, int64_t index) const {
         const int64_t tokens = step.tokens, wide = stack.num_heads * stack.head_dim;
         const int64_t narrow = stack.groups * stack.head_dim;
         float* normed = grown(work.normed, tokens * stack.width);
         norm(layer.input_norm, normed);
-        const TrellisBank* const banks[3] = {layer.q, layer.k, layer.v};
+        const Bank* const banks[3] = {layer.q, layer.k, layer.v};
         float* const y[3] = {grown(work.query, tokens * wide), grown(work.key, tokens * narrow),
                              grown(work.value, tokens * narrow)};
         linear_shared(banks, 3, normed, tokens, y);
@@ -102,14 +102,13 @@ struct Pass {
         paged_attention(y[0], key, value, step.pages, step.table_width, store.page_size, step.sequence, step.num_keys,
                         tokens, stack.num_heads, attended);
         float* delta = grown(work.delta, tokens * stack.width);
-        const TrellisBank& o = *layer.o;
-        linear(o.matrix(0), work.attended_q.fill(attended, o.signs_or_null(), tokens, o.columns, o.block), delta);
+        linear_shared(&layer.o, 1, attended, tokens, &delta);
         add_rows(delta, tokens * stack.width, hidden);
     }
 
     // The tokens of one modality: gathered, unless they are all, and routed.
-    Routed route_bank(const RoutedBank& bank, const int64_t* rows, int64_t count, const float* normed, float* out,
-                      int64_t* chosen_ids, Workspace::Bank& own) const {
+    Routed<Bank> route_bank(const RoutedBank<Bank>& bank, const int64_t* rows, int64_t count, const float* normed,
+                            float* out, int64_t* chosen_ids, Workspace::Routing& own) const {
         const int64_t width = stack.width, chosen = stack.chosen, is_part = count < step.tokens;
         const float* x = normed;
         if (is_part) {
@@ -126,22 +125,22 @@ struct Pass {
                 count,        chosen,    is_part ? grown(own.out, count * width) : out};
     }
 
-    void feed_forward(const DecoderLayer& layer, int64_t index) const {
+    void feed_forward(const DecoderLayer<Bank>& layer, int64_t index) const {
         const int64_t tokens = step.tokens, width = stack.width;
         float* normed = grown(work.normed, tokens * width);
         norm(layer.post_norm, normed);
         float* delta = grown(work.delta, tokens * width);
         float* shared = grown(work.shared, tokens * width);
-        const Mlp* mlp = layer.mlp.gate ? &layer.mlp : nullptr;
+        const Mlp<Bank>* mlp = layer.mlp.gate ? &layer.mlp : nullptr;
         if (!layer.text.router) {
-            mixture(nullptr, 0, mlp, normed, tokens, delta);
+            mixture(static_cast<const Routed<Bank>*>(nullptr), 0, mlp, normed, tokens, delta);
             return add_rows(delta, tokens * width, hidden);
         }
         int64_t* ids = step.expert_ids + index * tokens * stack.chosen;
         const int64_t* const rows[2] = {step.text_rows, step.vision_rows};
         const int64_t counts[2] = {layer.vision.router ? step.num_text : tokens,
                                    layer.vision.router ? step.num_vision : 0};
-        Routed routed[2];
+        Routed<Bank> routed[2];
         const int64_t* used[2] = {};
         int64_t num_banks = 0;
         for (int which = 0; which < 2; ++which)
@@ -168,9 +167,11 @@ void rotate_heads(float* x, int64_t tokens, int64_t row, int64_t head_dim, const
             rotate_kernels().rotate_pairs(x + t * row + i, cos + t * head_dim / 2, sin + t * head_dim / 2, head_dim);
 }
 
-void run_decoder(const DecoderStack& stack, const PagedStore& store, const StepTokens& step, float* hidden, float* out) {
+template <class Bank>
+void run_decoder(const DecoderStack<Bank>& stack, const PagedStore& store, const StepTokens& step, float* hidden,
+                 float* out) {
     static thread_local Workspace work;
-    const Pass pass{stack, store, step, work, hidden};
+    const Pass<Bank> pass{stack, store, step, work, hidden};
     if (!step.tokens) return;
     for (size_t i = 0; i < stack.layers.size(); ++i) {
         pass.attention(stack.layers[i], int64_t(i));
@@ -178,5 +179,8 @@ void run_decoder(const DecoderStack& stack, const PagedStore& store, const StepT
     }
     pass.norm(stack.norm, out);
 }
+
+template void run_decoder(const DecoderStack<TrellisBank>&, const PagedStore&, const StepTokens&, float*, float*);
+template void run_decoder(const DecoderStack<DenseBank>&, const PagedStore&, const StepTokens&, float*, float*);
 
 }  // namespace duomo

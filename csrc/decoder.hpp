@@ -1,32 +1,37 @@
 // The whole decoder as one call: norms, attention through the pages of the cache, banks and shared experts, layer by
 // layer. It calls what the other headers offer in the order in which `model/decoder.py` does, so its bits are those of
-// the layers called one by one. Nothing is allocated once memory has grown to the largest step.
+// the layers called one by one. Nothing is allocated once memory has grown to the largest step. `Bank` is what a matrix
+// is stored as: TrellisBank or DenseBank.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "attention.hpp"
+#include "dense.hpp"
 #include "experts.hpp"
 
 namespace duomo {
 
 // A bank of routed experts and its router; `router` is null where a layer has no such bank.
+template <class Bank>
 struct RoutedBank {
     const float* router = nullptr;  // [E][D]
     const float* bias = nullptr;    // [E]
-    const TrellisBank *gate_up = nullptr, *down = nullptr;
+    const Bank *gate_up = nullptr, *down = nullptr;
 };
 
+template <class Bank>
 struct DecoderLayer {
     const float *input_norm, *post_norm;  // [D]
-    const TrellisBank *q, *k, *v, *o;
-    RoutedBank text, vision;
-    Mlp mlp;  // the dense one, or the shared experts; null pointers where there is none
+    const Bank *q, *k, *v, *o;
+    RoutedBank<Bank> text, vision;
+    Mlp<Bank> mlp;  // the dense one, or the shared experts; null pointers where there is none
 };
 
+template <class Bank>
 struct DecoderStack {
-    std::vector<DecoderLayer> layers;
+    std::vector<DecoderLayer<Bank>> layers;
     const float* norm;  // [D]
     int64_t width, num_heads, groups, head_dim, chosen;
     float eps, norm_min;
@@ -54,7 +59,8 @@ struct StepTokens {
 };
 
 // hidden[T][D] through all layers, in place, then the last norm into out[T][D].
-void run_decoder(const DecoderStack&, const PagedStore&, const StepTokens&, float* hidden, float* out);
+template <class Bank>
+void run_decoder(const DecoderStack<Bank>&, const PagedStore&, const StepTokens&, float* hidden, float* out);
 
 // Rotates the queries and keys of T tokens in place: rows of whole heads.
 void rotate_heads(float* x, int64_t tokens, int64_t row, int64_t head_dim, const float* cos, const float* sin);

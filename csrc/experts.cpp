@@ -5,43 +5,12 @@
 #include <cstring>
 
 #include "cpu.hpp"
+#include "pairs.hpp"
 #include "pool.hpp"
 #include "rotate.hpp"
 
 namespace duomo {
 namespace {
-
-// Pairs sorted by expert (stably, so by token within one), and where each expert's begin.
-struct Order {
-    std::vector<int64_t> pair, token, active, begin;  // active experts, and the start of each one's pairs (+ the end)
-
-    void sort(const int64_t* expert_ids, int64_t tokens, int64_t chosen, int64_t num_experts) {
-        const int64_t pairs = tokens * chosen;
-        std::vector<int64_t>& next = counts_;
-        next.assign(size_t(num_experts) + 1, 0);
-        for (int64_t i = 0; i < pairs; ++i) ++next[size_t(expert_ids[i]) + 1];
-        active.clear();
-        begin.clear();
-        for (int64_t e = 0; e < num_experts; ++e) {
-            if (next[size_t(e) + 1]) {
-                active.push_back(e);
-                begin.push_back(next[size_t(e)]);
-            }
-            next[size_t(e) + 1] += next[size_t(e)];
-        }
-        begin.push_back(pairs);
-        pair.resize(size_t(pairs));
-        token.resize(size_t(pairs));
-        for (int64_t i = 0; i < pairs; ++i) {
-            const int64_t place = next[size_t(expert_ids[i])]++;
-            pair[size_t(place)] = i;
-            token[size_t(place)] = i / chosen;
-        }
-    }
-
-private:
-    std::vector<int64_t> counts_;
-};
 
 float* grown(std::vector<float>& memory, int64_t count) {
     if (int64_t(memory.size()) < count) memory.resize(size_t(count));
@@ -50,10 +19,9 @@ float* grown(std::vector<float>& memory, int64_t count) {
 
 // What one bank, or the MLP, needs between its products.
 struct Workspace {
-    Order order;
+    Pairs pairs;
     ActivationBuffer hidden, up_hidden, sorted, middle;
     std::vector<float> first, swiglu, second;
-    std::vector<int64_t> place;  // where pair p went in the sorted order
 };
 
 // Products to be done side by side.
@@ -73,11 +41,11 @@ struct Products {
         y.push_back(out);
     }
     // One product per active expert over its own rows of x: y[pairs][bank.rows].
-    void add_each(const TrellisBank& bank, const Order& order, const Activations& all, float* out) {
+    void add_each(const TrellisBank& bank, const Pairs& pairs, const Activations& all, float* out) {
         const int64_t blocks = bank.columns / bank.block;
-        for (size_t i = 0; i < order.active.size(); ++i) {
-            const int64_t begin = order.begin[i], count = order.begin[i + 1] - begin;
-            add(bank.matrix(order.active[i]),
+        for (size_t i = 0; i < pairs.active.size(); ++i) {
+            const int64_t begin = pairs.begin[i], count = pairs.begin[i + 1] - begin;
+            add(bank.matrix(pairs.active[i]),
                 {all.q + begin * bank.columns, all.scale + begin * blocks, all.sum + begin * blocks, count},
                 out + begin * bank.rows);
         }
@@ -86,17 +54,17 @@ struct Products {
 };
 
 // Sorts a bank's pairs and adds its first products.
-void begin_bank(const Routed& bank, Workspace& work, Products& products) {
+void begin_bank(const Routed<TrellisBank>& bank, Workspace& work, Products& products) {
     const TrellisBank& first = *bank.gate_up;
     const int64_t pairs = bank.tokens * bank.chosen;
-    work.order.sort(bank.expert_ids, bank.tokens, bank.chosen, first.count);
+    work.pairs.sort(bank.expert_ids, bank.tokens, bank.chosen, first.count);
     const Activations x =
         work.hidden.fill(bank.hidden, first.signs_or_null(), bank.tokens, first.columns, first.block);
-    const Activations sorted = work.sorted.gather(x, first.columns, first.block, work.order.token.data(), pairs);
-    products.add_each(first, work.order, sorted, grown(work.first, pairs * first.rows));
+    const Activations sorted = work.sorted.gather(x, first.columns, first.block, work.pairs.token.data(), pairs);
+    products.add_each(first, work.pairs, sorted, grown(work.first, pairs * first.rows));
 }
 
-void begin_mlp(const Mlp& own, const float* x, int64_t tokens, Workspace& work, Products& products) {
+void begin_mlp(const Mlp<TrellisBank>& own, const float* x, int64_t tokens, Workspace& work, Products& products) {
     const TrellisBank &gate = *own.gate, &up = *own.up;
     float* y = grown(work.first, tokens * 2 * gate.rows);
     const Activations rows = work.hidden.fill(x, gate.signs_or_null(), tokens, gate.columns, gate.block);
@@ -117,19 +85,6 @@ void fill_middle(const TrellisBank& down, int64_t count, int64_t stride, int64_t
         const float* gate = work.first.data() + i * stride;
         rotate_kernels().swiglu(gate, gate + gap, size, middle + i * size);
         work.middle.set(i, middle + i * size, down.signs_or_null(), size, down.block);
-    });
-}
-
-// out[t] = sum of a token's terms in the order of its choice.
-void end_bank(const Routed& bank, Workspace& work) {
-    const int64_t pairs = bank.tokens * bank.chosen, width = bank.down->rows;
-    work.place.resize(size_t(pairs));
-    for (int64_t i = 0; i < pairs; ++i) work.place[size_t(work.order.pair[size_t(i)])] = i;
-    parallel(bank.tokens, [&](int64_t t) {
-        std::fill_n(bank.out + t * width, width, 0.0f);
-        for (int64_t k = 0; k < bank.chosen; ++k)
-            rotate_kernels().add_scaled(work.second.data() + work.place[size_t(t * bank.chosen + k)] * width,
-                                        bank.weights[t * bank.chosen + k], width, bank.out + t * width);
     });
 }
 
@@ -178,7 +133,8 @@ Activations ActivationBuffer::gather(const Activations& from, int64_t columns, i
     return {q_.data(), scale_.data(), sum_.data(), count};
 }
 
-void mixture(const Routed* banks, int64_t num_banks, const Mlp* own, const float* x, int64_t tokens, float* mlp_out) {
+void mixture(const Routed<TrellisBank>* banks, int64_t num_banks, const Mlp<TrellisBank>* own, const float* x,
+             int64_t tokens, float* mlp_out) {
     static thread_local std::vector<Workspace> memory;
     static thread_local Products products_memory;
     if (int64_t(memory.size()) < num_banks + 1) memory.resize(size_t(num_banks + 1));
@@ -200,19 +156,21 @@ void mixture(const Routed* banks, int64_t num_banks, const Mlp* own, const float
         const TrellisBank& down = *banks[i].down;
         const int64_t pairs = banks[i].tokens * banks[i].chosen;
         fill_middle(down, pairs, 2 * down.columns, down.columns, work[i]);
-        products.add_each(down, work[i].order, work[i].middle.view(pairs), grown(work[i].second, pairs * down.rows));
+        products.add_each(down, work[i].pairs, work[i].middle.view(pairs), grown(work[i].second, pairs * down.rows));
     }
     products.run();
-    for (int64_t i = 0; i < num_banks; ++i) end_bank(banks[i], work[i]);
+    for (int64_t i = 0; i < num_banks; ++i)
+        work[i].pairs.combine(work[i].second.data(), banks[i].weights, banks[i].tokens, banks[i].chosen,
+                              banks[i].down->rows, banks[i].out);
 }
 
 void experts(const TrellisBank& gate_up, const TrellisBank& down, const float* hidden, const int64_t* expert_ids,
              const float* weights, int64_t tokens, int64_t chosen, float* out) {
-    const Routed bank = {&gate_up, &down, hidden, expert_ids, weights, tokens, chosen, out};
+    const Routed<TrellisBank> bank = {&gate_up, &down, hidden, expert_ids, weights, tokens, chosen, out};
     mixture(&bank, 1, nullptr, nullptr, 0, nullptr);
 }
 
-void mlp(const Mlp& own, const float* x, int64_t tokens, float* out) { mixture(nullptr, 0, &own, x, tokens, out); }
+void mlp(const Mlp<TrellisBank>& own, const float* x, int64_t tokens, float* out) { mixture(nullptr, 0, &own, x, tokens, out); }
 
 void linear_shared(const TrellisBank* const* banks, int64_t count, const float* x, int64_t tokens, float* const* y) {
     static thread_local ActivationBuffer buffers[4];

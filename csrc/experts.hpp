@@ -54,14 +54,16 @@ private:
     std::vector<int32_t> sum_;
 };
 
-// down(silu(gate x) * up x): one MLP of single matrices.
+// down(silu(gate x) * up x): one MLP of single matrices. A bank is packed (above) or plain (dense.hpp).
+template <class Bank>
 struct Mlp {
-    const TrellisBank *gate = nullptr, *up = nullptr, *down = nullptr;
+    const Bank *gate = nullptr, *up = nullptr, *down = nullptr;
 };
 
 // A bank over the tokens that go to it: what `experts` below takes, as one of several.
+template <class Bank>
 struct Routed {
-    const TrellisBank *gate_up, *down;
+    const Bank *gate_up, *down;
     const float* hidden;        // [T][D]
     const int64_t* expert_ids;  // [T][K]
     const float* weights;       // [T][K]
@@ -70,10 +72,11 @@ struct Routed {
 };
 
 // Banks and an MLP at once: all first products side by side on the pool, then all second ones. `mlp` may be null.
-void mixture(const Routed* banks, int64_t num_banks, const Mlp* mlp, const float* x, int64_t tokens, float* mlp_out);
+void mixture(const Routed<TrellisBank>* banks, int64_t num_banks, const Mlp<TrellisBank>* mlp, const float* x,
+             int64_t tokens, float* mlp_out);
 
 // out[T][D] = one MLP.
-void mlp(const Mlp& own, const float* x, int64_t tokens, float* out);
+void mlp(const Mlp<TrellisBank>& own, const float* x, int64_t tokens, float* out);
 
 // Products of the same x[T][K] with several matrices, rotated once for neighbours that share their signs.
 void linear_shared(const TrellisBank* const* banks, int64_t count, const float* x, int64_t tokens, float* const* y);

@@ -2,7 +2,7 @@
 // (-DDUOMO_SANITIZE=ON), and under qemu for NEON:
 //
 //   aarch64-linux-gnu-g++ -std=c++20 -O2 -static -Wno-psabi -ffp-contract=off -march=armv8.2-a+dotprod
-//       csrc/kernels_check.cpp csrc/{code,cpu,pool,packed,experts,vision}.cpp csrc/{packed,rotate,vision}_*.cpp -o check
+//       csrc/kernels_check.cpp csrc/{code,cpu,dense,pairs,pool,packed,experts,vision}.cpp csrc/{dense,packed,rotate,vision}_*.cpp -o check
 //   qemu-aarch64 ./check
 //
 // Python's tests compare with the reference; this one finds reads and writes outside, and knows no Python.
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu.hpp"
+#include "dense.hpp"
 #include "experts.hpp"
 #include "pool.hpp"
 #include "vision.hpp"
@@ -64,10 +65,58 @@ struct Results {
     void add(const std::vector<float>& more) { values.insert(values.end(), more.begin(), more.end()); }
 };
 
+// Plain matrices whose memory ends where they end.
+struct OwnedDense {
+    std::unique_ptr<float[]> weight, bias;
+    DenseBank bank;
+};
+
+OwnedDense random_dense(int64_t count, int64_t rows, int64_t columns, bool has_bias) {
+    const auto own = [](int64_t size) {
+        auto x = std::make_unique<float[]>(size_t(size));
+        const auto values = random_rows(size);
+        std::memcpy(x.get(), values.data(), size_t(size) * sizeof(float));
+        return x;
+    };
+    OwnedDense dense = {own(count * rows * columns), has_bias ? own(rows) : nullptr, {}};
+    dense.bank = {dense.weight.get(), dense.bias.get(), count, rows, columns};
+    return dense;
+}
+
+void run_dense(Results& results) {
+    for (int64_t rows : {1, 7, 16, 77, 130})
+        for (int64_t columns : {5, 16, 75, 192})
+            for (int64_t tokens : {0, 1, 2, 3, 7, 41}) {
+                const OwnedDense own = random_dense(1, rows, columns, tokens & 1);
+                const auto x = random_rows(tokens * columns);
+                std::vector<float> y(size_t(tokens * rows));
+                const DenseBank* bank = &own.bank;
+                float* out = y.data();
+                linear_shared(&bank, 1, x.data(), tokens, &out);
+                results.add(y);
+            }
+    const OwnedDense gate_up = random_dense(3, 40, 48, false), down = random_dense(3, 48, 20, false);
+    const OwnedDense gate = random_dense(1, 24, 48, true), up = random_dense(1, 24, 48, true),
+                     last = random_dense(1, 48, 24, true);
+    const Mlp<DenseBank> mlp = {&gate.bank, &up.bank, &last.bank};
+    for (int64_t tokens : {0, 1, 9}) {
+        std::vector<int64_t> ids;
+        for (int64_t i = 0; i < tokens * 2; ++i) ids.push_back((i / 2 + i % 2) % 3);
+        const auto hidden = random_rows(tokens * 48), weights = random_rows(tokens * 2);
+        std::vector<float> out(size_t(tokens * 48)), shared(out.size());
+        const Routed<DenseBank> bank = {&gate_up.bank, &down.bank, hidden.data(), ids.data(), weights.data(), tokens, 2,
+                                        out.data()};
+        mixture(&bank, 1, &mlp, hidden.data(), tokens, shared.data());
+        results.add(out);
+        results.add(shared);
+    }
+}
+
 Results run_all(const char* isa) {
     set_isa(isa);
     state = 1;
     Results results;
+    run_dense(results);
     for (int bits : {2, 4})
         for (int window = bits == 2 ? 6 : 8; window <= 16; window += bits)
             for (int levels : {64, 128})

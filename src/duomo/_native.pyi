@@ -163,7 +163,13 @@ def vision_mlp(
     /,
 ) -> None: ...
 
-Bank = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], Trellis, Trellis]
+class Dense:
+    def __init__(self, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32] | None) -> None: ...
+
+def dense_linear(weight: int, bias: int, rows: int, columns: int, x: int, tokens: int, y: int, /) -> None: ...
+
+Matrix = Trellis | Dense
+Bank = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], Matrix, Matrix]
 
 class Decoder:
     def __init__(
@@ -180,10 +186,10 @@ class Decoder:
     def add_layer(
         self,
         norms: tuple[npt.NDArray[np.float32], ...],
-        attention: tuple[Trellis, ...],
+        attention: tuple[Matrix, ...],
         text: Bank | None,
         vision: Bank | None,
-        mlp: tuple[Trellis, ...] | None,
+        mlp: tuple[Matrix, ...] | None,
     ) -> None: ...
     def run(
         self,
@@ -197,3 +203,5 @@ class Decoder:
         expert_ids: int,
         /,
     ) -> None: ...
+
+class DenseDecoder(Decoder): ...

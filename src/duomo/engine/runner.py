@@ -25,6 +25,7 @@ from duomo.engine.request import ExpertTrace, MediaBlob
 from duomo.engine.scheduler import Sequence, Step, Work
 from duomo.model.ernie import Ernie
 from duomo.model.inputs import Batch
+from duomo.model.plain_decoder import fuse
 from duomo.processing.patches import normalize
 from duomo.processing.prompt import Grid
 
@@ -64,6 +65,7 @@ class ModelRunner:
         fingerprint: str = "",
     ) -> None:
         self.model = model.eval()
+        fuse(self.model)
         self.vocab_size = model.config.vocab_size
         self.cache = PagedCache(model.config, num_pages, page_size, kv_dtype)
         self.features = FeatureCache(feature_bytes, feature_folder, fingerprint)

@@ -34,7 +34,7 @@ from duomo.kernels.reference import (
     route,
     swiglu,
 )
-from duomo.kernels.weights import NATIVE_BLOCK, Int8Weight, PackedWeight, TrellisWeight
+from duomo.kernels.weights import NATIVE_BLOCK, DenseWeight, Int8Weight, PackedWeight, TrellisWeight
 
 __all__ = [
     "HEAD_MULTIPLE",
@@ -42,6 +42,7 @@ __all__ = [
     "BankWeights",
     "BlockWeights",
     "DecoderSizes",
+    "DenseWeight",
     "FusedDecoder",
     "Int8Weight",
     "LayerWeights",
@@ -51,6 +52,7 @@ __all__ = [
     "Routing",
     "TrellisWeight",
     "attention",
+    "dense_linear",
     "experts",
     "is_native",
     "layernorm",
@@ -77,6 +79,13 @@ if is_native:
 
 def _takes(x: Tensor) -> bool:
     return is_native and x.device.type == "cpu"
+
+
+def dense_linear(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    """`linear` without bias, for the head; native in inference over fp32."""
+    if _takes(x_TK) and cpu.dense.takes(x_TK, weight_NK):
+        return cpu.dense.dense_linear(x_TK, weight_NK)
+    return reference.linear(x_TK, weight_NK)
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, index: int = 0) -> Tensor:

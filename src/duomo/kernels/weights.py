@@ -1,4 +1,4 @@
-"""Packed weights as the kernels take them: a trellis-coded matrix or bank, or int8 rows.
+"""Weights as the kernels take them: a trellis-coded matrix or bank, int8 rows, or plain fp32.
 
 They borrow the arrays of the stored tensor, which may be a memory-mapped file: nothing is copied or unpacked,
 and an expert that no token chooses is never read. Each makes its native twin once, on first use.
@@ -109,3 +109,18 @@ NATIVE_BLOCK = 16
 
 def _sign_array(seed: int | None, width: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.zeros(0, np.float32) if seed is None else hadamard.signs(seed, width)
+
+
+class DenseWeight:
+    """A plain fp32 matrix [N, K] with its bias [N] or None, or a bank [E, N, K]: borrowed, not copied."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        assert weight.dtype == torch.float32 and weight.is_contiguous(), "a matrix the kernels do not read"
+        self.weight, self.bias = weight, bias
+
+    @cached_property
+    def native(self) -> Any:
+        from duomo import _native
+
+        bias = None if self.bias is None else self.bias.detach().numpy()
+        return _native.Dense(self.weight.detach().numpy(), bias)

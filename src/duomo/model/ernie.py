@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duomo.kernels.reference.linear import linear
+from duomo import kernels
 from duomo.model.attention import PackedCausal
 from duomo.model.config import ModelConfig
 from duomo.model.decoder import Decoder
@@ -31,7 +31,7 @@ class Embedding(nn.Module):
         return F.embedding(ids_T, self.weight)
 
     def unembed(self, hidden_TD: Tensor) -> Tensor:
-        return linear(hidden_TD, self.weight)
+        return kernels.dense_linear(hidden_TD, self.weight)
 
 
 class Ernie(nn.Module):

@@ -1,43 +1,27 @@
-"""A packed decoder: a step through a paged cache is one native call, any other goes layer by layer.
-
-It holds the same layers under the same names, and what it computes has the same bits either way. A fact
-easily missed: the fused call asks no module, so hooks see only the steps that it does not take.
-"""
+"""A packed decoder: trellis-coded layers that are one native call, with the bits of the layers one by one."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from duomo import kernels
-from duomo.kernels import BankWeights, DecoderSizes, FusedDecoder, LayerWeights, PackedStep
+from duomo.kernels import BankWeights, FusedDecoder, LayerWeights
 from duomo.model.config import ModelConfig
 from duomo.model.decoder import Decoder, DecoderLayer
 from duomo.model.experts import Experts
-from duomo.model.inputs import Batch, KVCache
+from duomo.model.fused_decoder import OneCallDecoder, sizes_of
+from duomo.model.inputs import Batch
 from duomo.model.packed_layers import PackedAttention, PackedExperts, PackedMLP
-from duomo.model.rope import decoder_rotation
 
 
-@runtime_checkable
-class PagedKV(Protocol):
-    """A cache whose pages the native decoder writes: `store` [2, layers, slots, G, H], `scale` without H."""
-
-    store: Tensor
-    scale: Tensor | None
-    page_size: int
-
-
-class PackedDecoder(Decoder):
-    """`decoder`'s layers and norm. `weights_of` says whether they can be fused at all."""
+class PackedDecoder(OneCallDecoder):
+    """`fusible` says whether the layers can be fused at all."""
 
     def __init__(self, decoder: Decoder, weights: list[LayerWeights]) -> None:
-        torch.nn.Module.__init__(self)
-        self.plain = (decoder,)  # in a tuple, which torch does not count among the submodules
-        self.config, self.layers, self.norm = decoder.config, decoder.layers, decoder.norm
+        super().__init__(decoder)
         self._weights = weights
         self._parts = [
             (parent._modules, name, module)
@@ -46,50 +30,14 @@ class PackedDecoder(Decoder):
             for name, module in parent._modules.items()
         ]
 
-    def _can_fuse(self, hidden_TD: Tensor) -> bool:
-        """Whether every layer is as it was built: an adapter puts modules of its own there for a pass."""
+    def _fused_for(self, hidden_TD: Tensor) -> FusedDecoder | None:
+        """Every layer must be as it was built: an adapter puts modules of its own there for a pass."""
         is_whole = all(modules.get(name) is module for modules, name, module in self._parts)
-        return is_whole and hidden_TD.dtype == torch.float32
+        return self._fused if is_whole and hidden_TD.dtype == torch.float32 else None
 
     @cached_property
     def _fused(self) -> FusedDecoder:
-        config = self.config
-        sizes = DecoderSizes(
-            width=config.hidden_size,
-            num_heads=config.num_heads,
-            groups=config.num_kv_heads,
-            head_dim=config.head_dim,
-            chosen=config.num_chosen if config.text_experts else 1,
-            eps=config.norm_eps,
-            norm_min=config.router_norm_min,
-        )
-        return FusedDecoder(sizes, self.norm.weight, self._weights)
-
-    def forward(self, hidden_TD: Tensor, batch: Batch, cache: KVCache) -> Tensor:
-        pages, sequence_T, num_keys_T = batch.page_table_SM, batch.sequence_T, batch.num_keys_T
-        is_paged = isinstance(cache, PagedKV) and batch.slots_T is not None and pages is not None
-        if not is_paged or sequence_T is None or num_keys_T is None or not self._can_fuse(hidden_TD):
-            return super().forward(hidden_TD, batch, cache)
-        assert isinstance(cache, PagedKV) and batch.slots_T is not None and pages is not None
-        step = PackedStep(
-            *decoder_rotation(batch.positions_3T, self.config),
-            cache.store,
-            cache.scale,
-            cache.page_size,
-            batch.slots_T,
-            pages,
-            sequence_T,
-            num_keys_T,
-            batch.text_rows,
-            batch.vision_rows,
-        )
-        expert_ids_LTK = batch.expert_ids_LTK
-        if expert_ids_LTK is None:
-            shape = (len(self.layers), hidden_TD.shape[0], self._fused.sizes.chosen)
-            expert_ids_LTK = torch.empty(shape, dtype=torch.int64)
-        out_TD = self._fused.run(hidden_TD, step, expert_ids_LTK)
-        self._tell_listeners(expert_ids_LTK, batch)
-        return out_TD
+        return FusedDecoder(sizes_of(self.config), self.norm.weight, self._weights)
 
     def _tell_listeners(self, expert_ids_LTK: Tensor, batch: Batch) -> None:
         for layer, chosen_TK in zip(self.layers, expert_ids_LTK, strict=True):

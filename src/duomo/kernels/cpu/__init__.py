@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from duomo import env
 from duomo.errors import NoBackend
+from duomo.kernels.cpu import dense
 from duomo.kernels.cpu.decoder import BankWeights, DecoderSizes, FusedDecoder, LayerWeights, PackedStep
 from duomo.kernels.cpu.packed import (
     packed_experts,
@@ -33,6 +34,7 @@ __all__ = [
     "FusedDecoder",
     "LayerWeights",
     "PackedStep",
+    "dense",
     "frame_attention",
     "install",
     "is_built",

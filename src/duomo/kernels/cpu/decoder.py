@@ -1,6 +1,7 @@
-"""All layers of a packed decoder as one native call, by csrc/decoder.cpp.
+"""All layers of a packed or plain decoder as one native call, by csrc/decoder.cpp.
 
-The specification is `model/decoder.py`, module by module: `tests/kernels/test_decoder.py` asks for its bits.
+The specification is `model/decoder.py`, module by module: `tests/kernels/test_decoder.py` asks for its bits
+where matrices are packed, `test_dense.py` for its numbers where they are plain.
 Pointers go down unchecked, so shapes, rows, slots and pages are settled here.
 """
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from duomo.errors import KernelError
 from duomo.kernels.cpu.paged_attention import STORED
-from duomo.kernels.weights import TrellisWeight
+from duomo.kernels.weights import DenseWeight, TrellisWeight
+
+Matrix = TrellisWeight | DenseWeight
 
 
 class BankWeights(NamedTuple):
@@ -22,18 +25,21 @@ class BankWeights(NamedTuple):
 
     router: Tensor
     bias: Tensor
-    gate_up: TrellisWeight
-    down: TrellisWeight
+    gate_up: Matrix
+    down: Matrix
 
 
 class LayerWeights(NamedTuple):
-    """Norms [D] fp32; q, k, v, o; the banks; gate, up, down of the dense or shared MLP. None: no such."""
+    """Norms [D] fp32; q, k, v, o; the banks; gate, up, down of the dense or shared MLP. None: no such.
+
+    Matrices are packed or plain, all of a model alike.
+    """
 
     norms: tuple[Tensor, Tensor]
-    attention: tuple[TrellisWeight, TrellisWeight, TrellisWeight, TrellisWeight]
+    attention: tuple[Matrix, Matrix, Matrix, Matrix]
     text: BankWeights | None
     vision: BankWeights | None
-    mlp: tuple[TrellisWeight, TrellisWeight, TrellisWeight] | None
+    mlp: tuple[Matrix, Matrix, Matrix] | None
 
 
 class DecoderSizes(NamedTuple):
@@ -72,7 +78,9 @@ class FusedDecoder:
         from duomo import _native
 
         self.sizes, self.num_layers = sizes, len(layers)
-        self._native: Any = _native.Decoder(norm=_array(norm), **sizes._asdict())
+        is_plain = isinstance(layers[0].attention[0], DenseWeight)
+        native = _native.DenseDecoder if is_plain else _native.Decoder
+        self._native: Any = native(norm=_array(norm), **sizes._asdict())
         for layer in layers:
             self._native.add_layer(
                 norms=tuple(_array(x) for x in layer.norms),

@@ -1,0 +1,129 @@
+#include "dense.hpp"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu.hpp"
+#include "pairs.hpp"
+#include "pool.hpp"
+#include "rotate.hpp"
+
+namespace duomo {
+namespace {
+
+// An item of the pool: rows of a matrix that stay in the first-level cache with the tokens they meet.
+constexpr int64_t kItemRows = 64, kItemTokens = 32;
+
+float* grown(std::vector<float>& memory, int64_t count) {
+    if (int64_t(memory.size()) < count) memory.resize(size_t(count));
+    return memory.data();
+}
+
+struct Workspace {
+    Pairs pairs;
+    std::vector<float> first, middle, second;
+};
+
+using Products = std::vector<DenseProduct>;
+
+// One product per active expert over its own pairs: their tokens' rows of x, or rows of x in sorted order.
+void add_each(Products& products, const DenseBank& bank, const Pairs& pairs, const float* x, bool is_sorted, float* y) {
+    for (size_t i = 0; i < pairs.active.size(); ++i) {
+        const int64_t begin = pairs.begin[i], count = pairs.begin[i + 1] - begin;
+        products.push_back({bank.weight + pairs.active[i] * bank.rows * bank.columns, nullptr,
+                            is_sorted ? x + begin * bank.columns : x, is_sorted ? nullptr : pairs.token.data() + begin,
+                            y + begin * bank.rows, bank.rows, bank.columns, count});
+    }
+}
+
+DenseProduct product(const DenseBank& bank, const float* x, int64_t tokens, float* y) {
+    return {bank.weight, bank.bias, x, nullptr, y, bank.rows, bank.columns, tokens};
+}
+
+// silu(gate) * up of `count` rows: gate rows are `stride` apart, up rows `gap` after them.
+float* fill_middle(Workspace& work, int64_t count, int64_t size, int64_t stride, int64_t gap) {
+    float* middle = grown(work.middle, count * size);
+    parallel(count, [&](int64_t i) {
+        const float* gate = work.first.data() + i * stride;
+        rotate_kernels().swiglu(gate, gate + gap, size, middle + i * size);
+    });
+    return middle;
+}
+
+}  // namespace
+
+const DenseKernels& dense_kernels() {
+    switch (current_isa()) {
+        case Isa::avx512: return dense_avx512 ? *dense_avx512 : dense_portable;
+        case Isa::avx2: return dense_avx2 ? *dense_avx2 : dense_portable;
+        default: return dense_portable;
+    }
+}
+
+void multiply_each(const DenseProduct* products, int64_t count) {
+    static thread_local std::vector<int64_t> begins;  // the first item of each product
+    begins.clear();
+    int64_t items = 0;
+    const auto row_items = [&](int64_t i) { return (products[i].rows + kItemRows - 1) / kItemRows; };
+    for (int64_t i = 0; i < count; ++i) {
+        begins.push_back(items);
+        items += row_items(i) * ((products[i].tokens + kItemTokens - 1) / kItemTokens);
+    }
+    const std::vector<int64_t>& begin = begins;
+    const auto multiply = dense_kernels().multiply;
+    parallel(items, [&](int64_t item) {
+        const int64_t i = std::upper_bound(begin.begin(), begin.end(), item) - begin.begin() - 1;
+        const DenseProduct& own = products[i];
+        const int64_t row = (item - begin[size_t(i)]) % row_items(i) * kItemRows;
+        const int64_t token = (item - begin[size_t(i)]) / row_items(i) * kItemTokens;
+        multiply(own, row, std::min(own.rows, row + kItemRows), token, std::min(own.tokens, token + kItemTokens));
+    });
+}
+
+void linear_shared(const DenseBank* const* banks, int64_t count, const float* x, int64_t tokens, float* const* y) {
+    static thread_local Products products;
+    products.clear();
+    for (int64_t i = 0; i < count; ++i) products.push_back(product(*banks[i], x, tokens, y[i]));
+    multiply_each(products.data(), count);
+}
+
+void mixture(const Routed<DenseBank>* banks, int64_t num_banks, const Mlp<DenseBank>* own, const float* x,
+             int64_t tokens, float* mlp_out) {
+    static thread_local std::vector<Workspace> memory;
+    static thread_local Products products_memory;
+    if (int64_t(memory.size()) < num_banks + 1) memory.resize(size_t(num_banks + 1));
+    Workspace *work = memory.data(), &mlp_work = work[num_banks];
+    Products& products = products_memory;
+    products.clear();
+    if (own) {
+        const int64_t size = tokens * own->gate->rows;
+        float* first = grown(mlp_work.first, 2 * size);
+        products.push_back(product(*own->gate, x, tokens, first));
+        products.push_back(product(*own->up, x, tokens, first + size));
+    }
+    for (int64_t i = 0; i < num_banks; ++i) {
+        const Routed<DenseBank>& bank = banks[i];
+        work[i].pairs.sort(bank.expert_ids, bank.tokens, bank.chosen, bank.gate_up->count);
+        add_each(products, *bank.gate_up, work[i].pairs, bank.hidden, false,
+                 grown(work[i].first, bank.tokens * bank.chosen * bank.gate_up->rows));
+    }
+    multiply_each(products.data(), int64_t(products.size()));
+
+    products.clear();
+    if (own) {
+        const int64_t size = own->down->columns;
+        products.push_back(product(*own->down, fill_middle(mlp_work, tokens, size, size, tokens * size), tokens, mlp_out));
+    }
+    for (int64_t i = 0; i < num_banks; ++i) {
+        const DenseBank& down = *banks[i].down;
+        const int64_t pairs = banks[i].tokens * banks[i].chosen, size = down.columns;
+        add_each(products, down, work[i].pairs, fill_middle(work[i], pairs, size, 2 * size, size), true,
+                 grown(work[i].second, pairs * down.rows));
+    }
+    multiply_each(products.data(), int64_t(products.size()));
+    for (int64_t i = 0; i < num_banks; ++i)
+        work[i].pairs.combine(work[i].second.data(), banks[i].weights, banks[i].tokens, banks[i].chosen,
+                              banks[i].down->rows, banks[i].out);
+}
+
+}  // namespace duomo

@@ -1,0 +1,119 @@
+// The one source of dense.hpp's kernels, compiled once per instruction set; see rotate_lanes.hpp. The file that includes
+// it says how many sums of 16 lanes its registers hold: DUOMO_DENSE_SUMS, 4 or 16.
+#include "dense.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace {
+
+using duomo::DenseProduct;
+
+typedef float F32x16 __attribute__((vector_size(64)));
+typedef int32_t I32x16 __attribute__((vector_size(64)));
+
+constexpr int kSums = DUOMO_DENSE_SUMS;
+constexpr int kLanes = 16;
+constexpr I32x16 kIndex = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+inline F32x16 load(const float* p) {
+    F32x16 v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+inline F32x16 load_part(const float* p, int64_t count) {  // zeros beyond
+    F32x16 v = {};
+    std::memcpy(&v, p, size_t(count) * 4);
+    return v;
+}
+
+// Lane i of the result is v[i] + v[i ^ half].
+template <int half>
+inline F32x16 fold(F32x16 v) {
+    return v + __builtin_shuffle(v, kIndex ^ half);
+}
+
+// The same of two sums at once: lanes whose number has the bit `half` hold b's, the others a's.
+template <int half>
+inline F32x16 join(F32x16 a, F32x16 b) {
+    constexpr I32x16 own = kIndex + ((kIndex & half) != 0 ? I32x16{} + kLanes : I32x16{});
+    return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, own ^ half);
+}
+
+// Lane i of the result is the total of sums[i]; of sums[i % 4] where there are four.
+inline F32x16 totals(F32x16* sums) {
+    if constexpr (kSums == 16) {
+        for (int i = 0; i < 8; ++i) sums[i] = join<8>(sums[i], sums[i + 8]);
+        for (int i = 0; i < 4; ++i) sums[i] = join<4>(sums[i], sums[i + 4]);
+    } else {
+        for (int i = 0; i < 4; ++i) sums[i] = fold<4>(fold<8>(sums[i]));
+    }
+    return join<1>(join<2>(sums[0], sums[2]), join<2>(sums[1], sums[3]));
+}
+
+inline const float* token(const DenseProduct& p, int64_t t) { return p.x + (p.place ? p.place[t] : t) * p.columns; }
+
+// kSums / T rows by T tokens.
+template <int T>
+inline void multiply_tile(const DenseProduct& p, int64_t row, int64_t t) {
+    constexpr int R = kSums / T;
+    const float* x[T];
+    for (int i = 0; i < T; ++i) x[i] = token(p, t + i);
+    const float* w = p.weight + row * p.columns;
+    F32x16 sums[kSums] = {};
+    int64_t k = 0;
+    const auto step = [&](auto&& take) __attribute__((always_inline)) {
+        F32x16 own[T];
+#pragma GCC unroll 4
+        for (int i = 0; i < T; ++i) own[i] = take(x[i] + k);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            const F32x16 weight = take(w + r * p.columns + k);
+#pragma GCC unroll 4
+            for (int i = 0; i < T; ++i) sums[i * R + r] += weight * own[i];
+        }
+    };
+    for (; k + kLanes <= p.columns; k += kLanes) step([](const float* at) { return load(at); });
+    if (k < p.columns) step([&](const float* at) { return load_part(at, p.columns - k); });
+    float out[kLanes];
+    const F32x16 all = totals(sums);
+    std::memcpy(out, &all, sizeof out);
+    for (int i = 0; i < T; ++i)
+        for (int r = 0; r < R; ++r)
+            p.y[(t + i) * p.rows + row + r] = p.bias ? out[i * R + r] + p.bias[row + r] : out[i * R + r];
+}
+
+// One row and one token, where a tile has no room: the same additions.
+inline void multiply_one(const DenseProduct& p, int64_t row, int64_t t) {
+    const float *x = token(p, t), *w = p.weight + row * p.columns;
+    F32x16 sum = {};
+    int64_t k = 0;
+    for (; k + kLanes <= p.columns; k += kLanes) sum += load(w + k) * load(x + k);
+    if (k < p.columns) sum += load_part(w + k, p.columns - k) * load_part(x + k, p.columns - k);
+    const float total = fold<1>(fold<2>(fold<4>(fold<8>(sum))))[0];
+    p.y[t * p.rows + row] = p.bias ? total + p.bias[row] : total;
+}
+
+// All rows [first, last) for T tokens; the last tile may go over rows of the one before it again.
+template <int T>
+inline void multiply_rows(const DenseProduct& p, int64_t first, int64_t last, int64_t t) {
+    constexpr int R = kSums / T;
+    if (last - first < R) {
+        for (int i = 0; i < T; ++i)
+            for (int64_t row = first; row < last; ++row) multiply_one(p, row, t + i);
+        return;
+    }
+    for (int64_t row = first; row < last; row += R) multiply_tile<T>(p, std::min(row, last - R), t);
+}
+
+void multiply(const DenseProduct& p, int64_t first, int64_t last, int64_t begin, int64_t end) {
+    int64_t t = begin;
+    for (; t + 4 <= end; t += 4) multiply_rows<4>(p, first, last, t);
+    if (end - t >= 2) {
+        multiply_rows<2>(p, first, last, t);
+        t += 2;
+    }
+    if (t < end) multiply_rows<1>(p, first, last, t);
+}
+
+}  // namespace

@@ -1,0 +1,83 @@
+"""A decoder whose step through a paged cache is one native call; any other goes layer by layer.
+
+It holds the same layers under the same names. What it computes has the same bits either way where matrices
+are packed (`packed_decoder`), and nearly the same numbers where they are plain (`plain_decoder`). A fact
+easily missed: the fused call asks no module, so hooks see only the steps that it does not take.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from duomo.kernels import DecoderSizes, FusedDecoder, PackedStep
+from duomo.model.config import ModelConfig
+from duomo.model.decoder import Decoder
+from duomo.model.inputs import Batch, KVCache
+from duomo.model.rope import decoder_rotation
+
+
+@runtime_checkable
+class PagedKV(Protocol):
+    """A cache whose pages the native decoder writes: `store` [2, layers, slots, G, H], `scale` without H."""
+
+    store: Tensor
+    scale: Tensor | None
+    page_size: int
+
+
+class OneCallDecoder(Decoder):
+    """`decoder`'s layers and norm. Who inherits says when they are one call, and hears what was chosen."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        torch.nn.Module.__init__(self)
+        self.plain = (decoder,)  # in a tuple, which torch does not count among the submodules
+        self.config, self.layers, self.norm = decoder.config, decoder.layers, decoder.norm
+
+    def _fused_for(self, hidden_TD: Tensor) -> FusedDecoder | None:
+        """The native decoder, or None where the layers must be asked one by one."""
+        raise NotImplementedError
+
+    def _tell_listeners(self, expert_ids_LTK: Tensor, batch: Batch) -> None:
+        """After a native step."""
+
+    def forward(self, hidden_TD: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+        pages, sequence_T, num_keys_T = batch.page_table_SM, batch.sequence_T, batch.num_keys_T
+        is_paged = isinstance(cache, PagedKV) and batch.slots_T is not None and pages is not None
+        fused = self._fused_for(hidden_TD) if is_paged else None
+        if fused is None or sequence_T is None or num_keys_T is None:
+            return super().forward(hidden_TD, batch, cache)
+        assert isinstance(cache, PagedKV) and batch.slots_T is not None and pages is not None
+        step = PackedStep(
+            *decoder_rotation(batch.positions_3T, self.config),
+            cache.store,
+            cache.scale,
+            cache.page_size,
+            batch.slots_T,
+            pages,
+            sequence_T,
+            num_keys_T,
+            batch.text_rows,
+            batch.vision_rows,
+        )
+        expert_ids_LTK = batch.expert_ids_LTK
+        if expert_ids_LTK is None:
+            shape = (len(self.layers), hidden_TD.shape[0], fused.sizes.chosen)
+            expert_ids_LTK = torch.empty(shape, dtype=torch.int64)
+        out_TD = fused.run(hidden_TD, step, expert_ids_LTK)
+        self._tell_listeners(expert_ids_LTK, batch)
+        return out_TD
+
+
+def sizes_of(config: ModelConfig) -> DecoderSizes:
+    return DecoderSizes(
+        width=config.hidden_size,
+        num_heads=config.num_heads,
+        groups=config.num_kv_heads,
+        head_dim=config.head_dim,
+        chosen=config.num_chosen if config.text_experts else 1,
+        eps=config.norm_eps,
+        norm_min=config.router_norm_min,
+    )

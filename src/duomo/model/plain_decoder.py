@@ -1,0 +1,133 @@
+"""A plain fp32 decoder in service: a step through the engine's cache is one native call.
+
+The weights stay the modules' own parameters, borrowed where they lie: what is written into them is seen at
+once, and a module or parameter put in another's place, or moved, is noticed before a step. With gradients, on
+another device or below fp32, the layers are asked one by one, in torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duomo import kernels
+from duomo.kernels import BankWeights, DenseWeight, FusedDecoder, LayerWeights
+from duomo.model.attention import Attention
+from duomo.model.decoder import Decoder, DecoderLayer
+from duomo.model.ernie import Ernie
+from duomo.model.experts import MLP, ExpertBank, Experts, Router
+from duomo.model.fused_decoder import OneCallDecoder, sizes_of
+from duomo.model.layers import Linear, RMSNorm
+
+
+def fuse(model: Ernie) -> None:
+    """Gives a plain model a decoder that is one call where it can be; any other model stays as it is."""
+    is_wide_enough = model.config.head_dim % kernels.HEAD_MULTIPLE == 0
+    if kernels.is_native and is_wide_enough and type(model.decoder) is Decoder:
+        model.decoder = PlainDecoder(model.decoder)
+
+
+class PlainDecoder(OneCallDecoder):
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(decoder)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._fused: FusedDecoder | None = None
+        self._modules_seen: list[tuple[dict[str, Any], str, nn.Module]] = []
+        self._tensors_seen: list[tuple[dict[str, Any], str, Tensor, int]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: the native part is made again."""
+        state = self.__dict__.copy()
+        return {**state, "_fused": None, "_modules_seen": [], "_tensors_seen": []}
+
+    def _fused_for(self, hidden_TD: Tensor) -> FusedDecoder | None:
+        if torch.is_grad_enabled() or hidden_TD.dtype != torch.float32 or hidden_TD.device.type != "cpu":
+            return None
+        if not self._is_as_seen():
+            self._build()
+        return self._fused
+
+    def _is_as_seen(self) -> bool:
+        return (
+            bool(self._tensors_seen)
+            and all(held.get(name) is module for held, name, module in self._modules_seen)
+            and all(
+                held.get(name) is tensor and tensor.data_ptr() == address
+                for held, name, tensor, address in self._tensors_seen
+            )
+        )
+
+    def _build(self) -> None:
+        self._forget()
+        for parent in self.modules():
+            for name, module in parent._modules.items():
+                if module is not None:
+                    self._modules_seen.append((parent._modules, name, module))
+            for name, tensor in parent._parameters.items():
+                if tensor is not None:
+                    self._tensors_seen.append((parent._parameters, name, tensor, tensor.data_ptr()))
+        layers = [_layer_weights(layer) for layer in self.layers]
+        whole = [layer for layer in layers if layer is not None]
+        if len(whole) == len(layers) and _is_plain(self.norm, RMSNorm):
+            self._fused = FusedDecoder(sizes_of(self.config), self.norm.weight, whole)
+
+
+def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Exactly of this class, with parameters the kernels can read where they lie."""
+    return type(module) is kind and all(
+        parameter.dtype == torch.float32 and parameter.device.type == "cpu" and parameter.is_contiguous()
+        for parameter in module.parameters()
+    )
+
+
+def _layer_weights(layer: nn.Module) -> LayerWeights | None:
+    """None where a module is not the plain one: an adapter's, or a recipe's."""
+    assert isinstance(layer, DecoderLayer)
+    attention, mlp = layer.attention, layer.mlp
+    are_norms = _is_plain(layer.input_norm, RMSNorm) and _is_plain(layer.post_norm, RMSNorm)
+    if not are_norms or not _is_plain(attention, Attention):
+        return None
+    norms = (layer.input_norm.weight, layer.post_norm.weight)
+    linears = _linears(attention.q, attention.k, attention.v, attention.o)
+    if linears is None:
+        return None
+    q, k, v, o = linears
+    if isinstance(mlp, MLP):
+        dense = _mlp_weights(mlp)
+        return None if dense is None else LayerWeights(norms, (q, k, v, o), None, None, dense)
+    if not _is_plain(mlp, Experts) or not isinstance(mlp.text, ExpertBank):
+        return None
+    text, vision = _bank_weights(mlp.text), _bank_weights(mlp.vision)
+    shared = None if mlp.shared is None else _mlp_weights(mlp.shared)
+    if text is None or (mlp.vision and vision is None) or (mlp.shared and shared is None):
+        return None
+    return LayerWeights(norms, (q, k, v, o), text, vision, shared)
+
+
+def _linears(*modules: nn.Module) -> list[DenseWeight] | None:
+    if not all(_is_plain(module, Linear) for module in modules):
+        return None
+    return [DenseWeight(module.weight, module.bias) for module in modules]  # type: ignore[arg-type]
+
+
+def _mlp_weights(mlp: nn.Module) -> tuple[DenseWeight, DenseWeight, DenseWeight] | None:
+    if not _is_plain(mlp, MLP):
+        return None
+    linears = _linears(mlp.gate, mlp.up, mlp.down)  # type: ignore[arg-type]
+    return None if linears is None else (linears[0], linears[1], linears[2])
+
+
+def _bank_weights(bank: nn.Module | None) -> BankWeights | None:
+    if (
+        not isinstance(bank, ExpertBank)
+        or not _is_plain(bank, ExpertBank)
+        or not _is_plain(bank.router, Router)
+    ):
+        return None
+    return BankWeights(
+        bank.router.weight, bank.router.bias, DenseWeight(bank.gate_up), DenseWeight(bank.down)
+    )
