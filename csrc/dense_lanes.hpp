@@ -43,9 +43,12 @@ inline F32x16 join(F32x16 a, F32x16 b) {
 // Lane i of the result is the total of sums[i]; of sums[i % 4] where there are four.
 inline F32x16 totals(F32x16* sums) {
     if constexpr (kSums == 16) {
+#pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) sums[i] = join<8>(sums[i], sums[i + 8]);
+#pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) sums[i] = join<4>(sums[i], sums[i + 4]);
     } else {
+#pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) sums[i] = fold<4>(fold<8>(sums[i]));
     }
     return join<1>(join<2>(sums[0], sums[2]), join<2>(sums[1], sums[3]));
@@ -78,9 +81,9 @@ inline void multiply_tile(const DenseProduct& p, int64_t row, int64_t t) {
     float out[kLanes];
     const F32x16 all = totals(sums);
     std::memcpy(out, &all, sizeof out);
-    for (int i = 0; i < T; ++i)
-        for (int r = 0; r < R; ++r)
-            p.y[(t + i) * p.rows + row + r] = p.bias ? out[i * R + r] + p.bias[row + r] : out[i * R + r];
+    if (p.bias)
+        for (int i = 0; i < kSums; ++i) out[i] += p.bias[row + i % R];
+    for (int i = 0; i < T; ++i) std::memcpy(p.y + (t + i) * p.rows + row, out + i * R, R * sizeof(float));
 }
 
 // One row and one token, where a tile has no room: the same additions.
