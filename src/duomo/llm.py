@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duomo.engine.governor import needs_thinking
+from duomo.engine.mailbox import mailbox_of
 from duomo.engine.questions import Decision, Question, decide
 from duomo.engine.reading import Asked, Reader, whole
 from duomo.engine.request import (
@@ -438,14 +439,13 @@ class LLM:
             self._drop(open_ids)
 
     async def _astream(self, asked: list[Asked]) -> AsyncIterator[Delta]:
-        loop = asyncio.get_running_loop()
+        mailbox = mailbox_of(asyncio.get_running_loop())
         arrivals: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
         readers = [Reader(self.tokenizer, ready, index) for index, ready in enumerate(asked)]
         open_ids = set()
 
         def sink(index: int, output: Output) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(arrivals.put_nowait, (index, output))
+            mailbox.post(arrivals.put_nowait, (index, output))
 
         try:
             for index, ready in enumerate(asked):

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 
+from duomo.engine.mailbox import mailbox_of
 from duomo.engine.request import Usage
 from duomo.serve.backend import Job, Piece
 from duomo.serve.scripted import Scripted
@@ -23,6 +24,7 @@ class Clock(Scripted):
     def __init__(self, step_s: float = 0.02, max_model_len: int = 4096) -> None:
         super().__init__(max_model_len=max_model_len)
         self._step_s, self._loop = step_s, asyncio.get_running_loop()
+        self._mailbox = mailbox_of(self._loop)  # the way of the real engine's outputs
         self._arrivals: dict[str, asyncio.Queue[int]] = {}
         threading.Thread(target=self._beat, name="duomo-clock", daemon=True).start()
 
@@ -31,7 +33,7 @@ class Clock(Scripted):
             time.sleep(self._step_s)
             now = time.monotonic_ns()
             for queue in list(self._arrivals.values()):
-                self._loop.call_soon_threadsafe(queue.put_nowait, now)
+                self._mailbox.post(queue.put_nowait, now)
 
     async def _speak(self, job: Job) -> AsyncIterator[Piece]:
         count, arrived = self._count(job), time.monotonic_ns()
