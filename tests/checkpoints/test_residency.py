@@ -15,7 +15,7 @@ import torch
 
 from duomo.checkpoints import load_model
 from duomo.checkpoints.inventory import VISION_PARTS
-from duomo.checkpoints.pages import PAGE, Range, cached_bytes, drop, let_go
+from duomo.checkpoints.pages import PAGE, Range, cached_bytes, drop, file_mappings, let_go
 from duomo.checkpoints.pressure import is_short_of_memory
 from duomo.checkpoints.residency import PRESSED_IDLE_S, Residency
 from duomo.model import BankConfig, Ernie, VisionConfig
@@ -155,3 +155,36 @@ def test_ranges_are_cut_to_whole_pages() -> None:
     assert piece.inner[1] == 0 and piece.outer == (base, 2 * PAGE)
     assert Range(base, PAGE).inner == Range(base, PAGE).outer == (base, PAGE)
     assert Range(base + 1, 2 * PAGE).inner == (base + PAGE, PAGE)
+
+
+def test_advice_never_reaches_memory_that_was_written_or_belongs_to_another(tmp_path: Path) -> None:
+    """A model that is gone must not have its old addresses given up: a library may lie there by now."""
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(4 * PAGE))
+    copied = np.memmap(path, np.uint8, mode="c")  # private and writable, as a library's data is
+    copied[:] = 7
+    let_go([Range.of(copied)])
+    assert (copied == 7).all()  # pages given up would have come back as the file's zeros
+    assert not any(each.start <= copied.ctypes.data < each.stop for each in file_mappings())
+
+    mapped = np.memmap(path, np.uint8, mode="r")
+    kept = Range.of(mapped)
+    del mapped
+    assert any(each.start <= kept.address < each.stop for each in file_mappings())  # nobody else can move in
+
+
+def test_the_keeper_ends_with_the_engine(tmp_path: Path) -> None:
+    from duomo.engine.engine import build_engine
+    from duomo.engine.runner import ModelRunner
+    from tests.engine.worlds import VOCABULARY
+
+    synthesize(CONFIG, tmp_path)
+    model = load_model(tmp_path)
+    runner = ModelRunner(model, 8, 8)
+    runner.residency = Residency(model)
+    runner.residency.keep(300.0)
+    engine = build_engine(runner, VOCABULARY, num_pages=8, page_size=8)
+    keeper = runner.residency._keeper
+    assert keeper is not None and keeper.is_alive()
+    engine.close()
+    assert not keeper.is_alive()

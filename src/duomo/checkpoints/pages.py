@@ -15,7 +15,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -29,15 +29,16 @@ _PRESENT = np.uint64(1 << 63)  # of an entry of /proc/self/pagemap
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """`num_bytes` of mapped memory from `address`."""
+    """`num_bytes` of mapped memory from `address`; `owner` keeps it mapped, so nobody else can move in."""
 
     address: int
     num_bytes: int
+    owner: object = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, array: npt.NDArray[np.generic]) -> Range:
         assert array.flags.c_contiguous, "a range is one piece of memory"
-        return cls(int(array.ctypes.data), array.nbytes)
+        return cls(int(array.ctypes.data), array.nbytes, array)
 
     @property
     def outer(self) -> tuple[int, int]:
@@ -63,12 +64,15 @@ class Mapping:
 
 
 def file_mappings() -> list[Mapping]:
-    """Of this process, in order of address; empty where the system does not tell."""
+    """Of this process, in order of address; empty where the system does not tell.
+
+    Those that may be written are left out: their pages may hold what no file does, and would lose it.
+    """
     found = []
     with suppress(OSError), open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
             fields = line.rstrip("\n").split(maxsplit=5)
-            if len(fields) == 6 and fields[4] != "0":  # an inode: it lies in a file
+            if len(fields) == 6 and fields[4] != "0" and "w" not in fields[1]:  # an inode: it lies in a file
                 start, stop = (int(part, 16) for part in fields[0].split("-"))
                 found.append(Mapping(start, stop, int(fields[2], 16), fields[5]))
     return found

@@ -178,6 +178,9 @@ class Engine:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=30)
         self._end_all("abort", "it was closed")
+        residency = getattr(self.runner, "residency", None)
+        if residency is not None:
+            residency.close()
 
     @property
     def is_alive(self) -> bool:
