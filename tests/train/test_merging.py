@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from duomo import LLM, SamplingParams
-from duomo.checkpoints import load_model
+from duomo.checkpoints import load_config, load_model
+from duomo.checkpoints.adapters import open_adapter, read_adapter
 from duomo.checkpoints.stream import load_dequantized
 from duomo.errors import CorruptFile, TrainingError, UnexpectedTensor
 from duomo.quant import quantize
 from duomo.train.lora import LoraBank, LoraLinear, LoraPlan, adapters_of, attach
 from duomo.train.merging import sources_of, write_checkpoint
-from duomo.train.peft import load_adapter, read_adapter, save_adapter
+from duomo.train.peft import load_adapter, save_adapter
 
 PROMPT = list(range(9, 41))
 PLAN = LoraPlan({"attention": 4, "shared": 3, "text_experts": 2, "resampler": 2, "dense": 2})
@@ -83,10 +84,30 @@ def test_an_adapter_of_peft_is_read(checkpoint: Path, adapter: Path, tmp_path: P
 
 
 def test_scales_of_peft(adapter: Path) -> None:
-    file = read_adapter(adapter)
+    file = open_adapter(adapter)
     assert file.scale("model.layers.1.mlp.experts.3.up_proj") == 2.0  # rank 2 by pattern, alpha 4
     file.fields |= {"use_rslora": True, "alpha_pattern": {}}
     assert file.scale("model.layers.0.self_attn.q_proj") == 8.0 / 2.0
+
+
+def test_an_expression_gives_the_same_scale_in_service_as_in_merging(
+    checkpoint: Path, adapter: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "patterned"))
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    fields["alpha_pattern"] = {r"layers\.[01]\..*q_proj": 12.0, "k_proj": 6.0}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    file = open_adapter(folder)
+    served = read_adapter(folder, load_config(checkpoint), torch.float32).linears
+    for layer, letter, alpha in (
+        (0, "q", 12.0),
+        (1, "q", 12.0),
+        (2, "q", fields["lora_alpha"]),
+        (2, "k", 6.0),
+    ):
+        pair = file.factors[f"model.layers.{layer}.self_attn.{letter}_proj"]
+        expected = pair["B"] * (alpha / pair["A"].shape[0])
+        assert torch.equal(served[f"decoder.layers.{layer}.attention.{letter}"].b, expected)
 
 
 def test_what_does_not_belong_is_refused(checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
@@ -101,7 +122,7 @@ def test_what_does_not_belong_is_refused(checkpoint: Path, adapter: Path, tmp_pa
     with pytest.raises(TrainingError, match="has weights already"):
         write_checkpoint(checkpoint, checkpoint, adapter)
     with pytest.raises(CorruptFile):
-        read_adapter(tmp_path)
+        open_adapter(tmp_path)
     with pytest.raises(TrainingError, match="no run, checkpoint or adapter"):
         sources_of(tmp_path)
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from duomo.checkpoints.adapters import AdapterFile, open_adapter
 from duomo.checkpoints.load import load_config
 from duomo.checkpoints.names import Entry
 from duomo.checkpoints.save import MAX_SHARD_BYTES, write_config, write_tensors
 from duomo.checkpoints.stream import CheckpointStream, dequantized_tensors, is_quantized
 from duomo.errors import TrainingError, UnexpectedTensor
 from duomo.train.finish import copy_companions
-from duomo.train.peft import AdapterFile, read_adapter
 
 
 def write_checkpoint(
@@ -37,7 +37,7 @@ def write_checkpoint(
     """
     if target.is_dir() and any(target.glob("*.safetensors")):
         raise TrainingError(f"{target} has weights already; give a new folder")
-    added = read_adapter(adapter) if adapter else None
+    added = open_adapter(adapter) if adapter else None
     if is_quantized(source):
         config, entries = load_config(source), dequantized_tensors(source, load_config(source))
         dtype = dtype or torch.bfloat16

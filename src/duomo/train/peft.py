@@ -1,4 +1,4 @@
-"""Adapters in the files of PEFT: `adapter_config.json` and `adapter_model.safetensors`.
+"""Adapters in the files of PEFT: written, and attached to a model that trains (`checkpoints.adapters` reads).
 
 Names are those of the PT layout, each expert by itself (`mlp.experts.{0..}.gate_proj`, vision experts after
 the text ones), so that an adapter reads the same whatever the base is stored as.
@@ -7,23 +7,20 @@ the text ones), so that an adapter reads the same whatever the base is stored as
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from duomo.checkpoints.adapters import PREFIX, SETTINGS, WEIGHTS, AdapterFile, open_adapter
 from duomo.checkpoints.names import pt_entries
-from duomo.errors import CorruptFile, MissingTensor, ShapeMismatch, TrainingError, UnexpectedTensor
+from duomo.errors import MissingTensor, ShapeMismatch, TrainingError, UnexpectedTensor
 from duomo.model import Ernie, ModelConfig
 from duomo.train.groups import group_of
 from duomo.train.lora import LoraBank, LoraLinear, LoraPlan, adapters_of, attach
-
-_PREFIX = "base_model.model."
 
 
 class _Pair(NamedTuple):
@@ -40,9 +37,9 @@ def save_adapter(model: Ernie, plan: LoraPlan, folder: Path, base_name: str = ""
     pairs = list(_pairs(model))
     tensors: dict[str, Tensor] = {}
     for pair in pairs:
-        tensors[f"{_PREFIX}{pair.module}.lora_A.weight"] = pair.a.detach().contiguous().clone()
-        tensors[f"{_PREFIX}{pair.module}.lora_B.weight"] = pair.b.detach().contiguous().clone()
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        tensors[f"{PREFIX}{pair.module}.lora_A.weight"] = pair.a.detach().contiguous().clone()
+        tensors[f"{PREFIX}{pair.module}.lora_B.weight"] = pair.b.detach().contiguous().clone()
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     ranks = {pair.module: pair.a.shape[0] for pair in pairs}
     usual = max(ranks.values(), default=1)
     other = {module: rank for module, rank in ranks.items() if rank != usual}
@@ -59,74 +56,7 @@ def save_adapter(model: Ernie, plan: LoraPlan, folder: Path, base_name: str = ""
         "lora_dropout": 0.0,
         "duomo": {"ranks": dict(plan.ranks), "scale": plan.scale},
     }
-    (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-
-
-class AdapterFile:
-    """An adapter's factors by module of the PT layout, with the scale of each; ours or PEFT's own."""
-
-    def __init__(self, fields: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
-        self.fields, self.folder = fields, folder
-        self.factors: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight", name)
-            if match is None:
-                raise UnexpectedTensor(
-                    f"{folder} has {name}, which is no factor of a low-rank adapter", name=name
-                )
-            # transformers' multimodal class says model.language_model where the files say model.
-            module = match[1].replace("model.language_model.", "model.")
-            self.factors.setdefault(module, {})[match[2]] = tensor
-        for module, pair in self.factors.items():
-            for letter in "AB":
-                if letter not in pair:
-                    name = f"{_PREFIX}{module}.lora_{letter}.weight"
-                    raise MissingTensor(f"the adapter in {folder} lacks {name}", name=name)
-            if pair["A"].ndim != 2 or pair["B"].ndim != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
-                raise ShapeMismatch(f"the factors of {module} do not fit each other")
-        self._waiting = set(self.factors)
-
-    def scale(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r) for rank-stabilised adapters; patterns name single modules."""
-        fields = self.fields
-        rank = self.factors[module]["A"].shape[0]
-        alpha = float(_matched(fields.get("alpha_pattern") or {}, module, fields["lora_alpha"]))
-        return alpha / (rank**0.5 if fields.get("use_rslora") else rank)
-
-    def take(self, module: str) -> Tensor | None:
-        """scale * B A, fp32, of a module that the adapter has."""
-        if module not in self.factors:
-            return None
-        self._waiting.discard(module)
-        pair = self.factors[module]
-        return self.scale(module) * (pair["B"].float() @ pair["A"].float())
-
-    def unused(self) -> list[str]:
-        return sorted(self._waiting)
-
-
-def _matched(pattern: dict[str, Any], module: str, usual: Any) -> Any:
-    """PEFT's patterns are whole names, or their ends."""
-    for key, value in pattern.items():
-        if module == key or re.search(rf"(^|\.){key}$", module):
-            return value
-    return usual
-
-
-def read_adapter(folder: Path) -> AdapterFile:
-    """CorruptFile for what is no adapter; UnexpectedTensor, MissingTensor or ShapeMismatch name a factor."""
-    try:
-        fields = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        if fields["peft_type"] != "LORA":
-            raise ValueError(f"its type is {fields['peft_type']}, and only LORA is read")
-        for name in ("use_dora", "fan_in_fan_out", "lora_bias"):
-            if fields.get(name):
-                raise ValueError(f"it asks for {name}, which is not done here")
-        float(fields["lora_alpha"])
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CorruptFile(f"{folder} holds no adapter: {type(error).__name__}: {error}") from error
-    return AdapterFile(fields, tensors, folder)
+    (folder / SETTINGS).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: Ernie, folder: Path) -> LoraPlan:
@@ -134,7 +64,7 @@ def load_adapter(model: Ernie, folder: Path) -> LoraPlan:
 
     A module that the adapter leaves out gets factors of zero; one rank and scale a group, as `LoraPlan` says.
     """
-    file = read_adapter(folder)
+    file = open_adapter(folder)
     plan = _plan_of(model.config, file)
     attach(model, plan)
     waiting = set(file.factors)
@@ -143,14 +73,14 @@ def load_adapter(model: Ernie, folder: Path) -> LoraPlan:
             found = file.factors.get(pair.module)
             if found is None:
                 if "duomo" in file.fields:
-                    name = f"{_PREFIX}{pair.module}.lora_A.weight"
+                    name = f"{PREFIX}{pair.module}.lora_A.weight"
                     raise MissingTensor(f"the adapter in {folder} lacks {name}", name=name)
                 pair.a.zero_()
                 continue
             waiting.discard(pair.module)
             for letter, target in (("A", pair.a), ("B", pair.b)):
                 if found[letter].shape != target.shape:
-                    name = f"{_PREFIX}{pair.module}.lora_{letter}.weight"
+                    name = f"{PREFIX}{pair.module}.lora_{letter}.weight"
                     said = f"{name} is {tuple(found[letter].shape)}; it must be {tuple(target.shape)}"
                     raise ShapeMismatch(said, name=name)
                 target.copy_(found[letter])
