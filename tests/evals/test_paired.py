@@ -2,7 +2,8 @@
 
 import pytest
 
-from duomo.evals.paired import compare, difference
+from duomo.evals.kept import KeptAnswers
+from duomo.evals.paired import compare, difference, verdict
 from duomo.evals.questions import Question
 
 
@@ -27,3 +28,40 @@ def test_a_family_is_the_sum_of_its_kinds():
         "digits": 2, "digits/read": 1, "digits/sum": 1, "text": 1, "text/talk": 1,
     }  # fmt: skip
     assert (rows["digits"]["lost"], rows["digits"]["gained"]) == (1, 1)
+
+
+def test_an_answer_is_judged_as_its_kind_is():
+    question = Question("places/box", "?", "<|LOC_0|><|LOC_0|><|LOC_10|><|LOC_10|>", False, "s")
+    rows = compare([question], ["<|LOC_0|><|LOC_0|><|LOC_10|><|LOC_9|>"], ["<|LOC_0|><|LOC_0|>"])
+    assert (rows["places"]["first"], rows["places"]["second"]) == (100, 0)
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "num", "said"),
+    [(0, 0, 100, "within"), (30, 20, 1000, "open"), (60, 2, 1000, "lost more"), (12, 10, 4000, "within")],
+)
+def test_only_an_interval_above_minus_one_point_is_within(lost, gained, num, said):
+    first = [True] * lost + [False] * (num - lost)
+    second = [False] * lost + [True] * gained + [False] * (num - lost - gained)
+    assert verdict(difference(first, second)) == said
+
+
+def test_answers_outlive_a_kill_in_the_middle_of_a_line(tmp_path):
+    kept = KeptAnswers(tmp_path / "a.jsonl")
+    kept.add({3: "drei\n", 1: "一"})
+    whole = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "a.jsonl").write_bytes(whole[:-2])
+    again = KeptAnswers(tmp_path / "a.jsonl")
+    assert 3 in again and again[3] == "drei\n" and 1 not in again
+    again.add({1: "一"})
+    assert KeptAnswers(tmp_path / "a.jsonl")[1] == "一"
+
+
+def test_other_weights_or_questions_have_other_answers(tmp_path):
+    for name, weights in (("one", b"1"), ("two", b"2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+    KeptAnswers.of(tmp_path, tmp_path / "one", "q").add({0: "yes"})
+    assert 0 in KeptAnswers.of(tmp_path, tmp_path / "one", "q")
+    assert 0 not in KeptAnswers.of(tmp_path, tmp_path / "two", "q")
+    assert 0 not in KeptAnswers.of(tmp_path, tmp_path / "one", "other")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duomo.bench.embedded import EMBEDDED, calibration_prompts
+from duomo.bench.embedded import EMBEDDED, calibration_prompts, usual
 from duomo.bench.methods import Method, ablations, trellis
 from duomo.checkpoints import load_model
 from duomo.model import Ernie, PackedCausal
@@ -56,8 +56,8 @@ def measure(prompts: int, judged: int, damping: float, cache: Path) -> dict[str,
     """A row for each variant."""
     model = load_model(EMBEDDED, torch.float32).eval().requires_grad_(False)
     tokenizer, pool = Tokenizer.load(EMBEDDED), load_handwriting(cache, "train")
-    fitted = build_batches(model, calibration_prompts(pool, tokenizer, prompts))
-    held = build_batches(model, calibration_prompts(pool, tokenizer, judged, seed=12))
+    fitted = build_batches(model, calibration_prompts(usual(pool), tokenizer, prompts))
+    held = build_batches(model, calibration_prompts(usual(pool), tokenizer, judged, seed=12))
     reference = logits(model, held)
     with Recorder(model) as recorder, torch.inference_mode():
         for item in fitted:

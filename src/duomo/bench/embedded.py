@@ -1,13 +1,16 @@
 """The embedded model at 2 bits: `python -m duomo.bench.embedded TARGET`.
 
 Calibrated on questions of the training split in the chat template, answered as the training answers them.
-Then `python -m duomo.evals --model TARGET` asks it the frozen questions of the test split: nothing is shared.
+Then `python -m duomo.evals --model TARGET` asks it the frozen questions of the test split: nothing is shared;
+`python -m duomo.evals.paired SOURCE TARGET` asks both.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -16,66 +19,117 @@ import numpy as np
 from PIL import Image
 
 from duomo.checkpoints import load_config
-from duomo.processing.messages import ImagePart, Message, TextPart
-from duomo.processing.prompt import Prompt
+from duomo.processing.images import content_hash, load_image
+from duomo.processing.messages import ImagePart, Message, TextPart, Tool, VideoPart
+from duomo.processing.patches import patchify
+from duomo.processing.prompt import Media, Prompt
 from duomo.processing.template import build_prompt
 from duomo.processing.tokenizer import Tokenizer
+from duomo.processing.video import stamp_frames
 from duomo.quant import build_plan, quantize
 from duomo.quant.plan import Kind
 from duomo.tasks import Example, Handwriting, Turn, dialogue, digits, load_handwriting, shapes
+from duomo.tasks.families import FAMILIES
+from duomo.tasks.pools import Pools, load_pools
 from duomo.trellis import preset
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
+_PLACE = re.compile(r"(<\|LOC_\w+\|>)")
+Draw = Callable[[np.random.Generator], Example]
 
 
-def calibration_prompts(pool: Handwriting, tokenizer: Tokenizer, num: int, seed: int = 11) -> list[Prompt]:
-    """`num` turns: half digits, a quarter shapes, a quarter without a picture; answers written out."""
+def usual(pool: Handwriting) -> list[Draw]:
+    """Half digits, a quarter shapes, a quarter without a picture."""
+    return [
+        lambda rng: digits.generate(rng, pool),
+        lambda rng: shapes.generate(rng, "train", num_turns=1),
+        lambda rng: digits.generate(rng, pool),
+        lambda rng: dialogue.generate(rng, "train"),
+    ]
+
+
+def all_families(pools: Pools) -> list[Draw]:
+    """Every family alike."""
+    return [lambda rng, own=generate: own(rng, pools) for generate in FAMILIES.values()]  # type: ignore[misc]
+
+
+def calibration_prompts(
+    draws: Sequence[Draw], tokenizer: Tokenizer, num: int, seed: int = 11
+) -> list[Prompt]:
+    """`num` turns, the generators taking turns; answers written out."""
     rng = np.random.default_rng(seed)
     prompts: list[Prompt] = []
     while len(prompts) < num:
-        for example in (
-            digits.generate(rng, pool),
-            shapes.generate(rng, "train", num_turns=1),
-            digits.generate(rng, pool),
-            dialogue.generate(rng, "train"),
-        ):
+        for example in [draw(rng) for draw in draws]:
             turn = example.turns[int(rng.integers(len(example.turns)))]
             prompts.append(_answered(example, turn, tokenizer))
     return prompts[:num]
 
 
 def _answered(example: Example, turn: Turn, tokenizer: Tokenizer) -> Prompt:
-    parts: tuple[ImagePart | TextPart, ...] = (TextPart(turn.question),)
-    if example.picture is not None:
+    parts: tuple[ImagePart | VideoPart | TextPart, ...] = (TextPart(turn.question),)
+    if example.times:
+        parts = (VideoPart(b""), *parts)
+    elif example.picture is not None:
         stream = BytesIO()
         Image.fromarray(example.picture).save(stream, format="PNG")
         parts = (ImagePart(stream.getvalue()), *parts)
-    prompt = build_prompt([Message("user", parts)], tokenizer, thinking=turn.reasoning is not None)
-    answer = tokenizer.encode(turn.answer)
+
+    def load(part: ImagePart | VideoPart) -> Media:
+        if isinstance(part, ImagePart):
+            return load_image(part)
+        assert example.picture is not None
+        patches, grid = patchify(stamp_frames(example.picture, example.times))
+        return Media("video", patches, grid, content_hash(patches, grid))
+
+    tools = [Tool(function.name, "", function.schema) for function in turn.functions]
+    prompt = build_prompt(
+        [Message("user", parts)], tokenizer, thinking=turn.reasoning is not None, tools=tools, load=load
+    )
+    answer = _said(turn, tokenizer, "" if turn.reasoning is None else "\n")
     if turn.reasoning is not None:
         thought = tokenizer.encode(f"\n{turn.reasoning}\n")
-        answer = [*thought, tokenizer.special_id("</think>"), *tokenizer.encode(f"\n{turn.answer}")]
+        answer = [*thought, tokenizer.special_id("</think>"), *answer]
     return Prompt([*prompt.ids, *answer], prompt.media, prompt.spans)
+
+
+def _said(turn: Turn, tokenizer: Tokenizer, opening: str) -> list[int]:
+    """The answer's ids after the text `opening`, places and calls as control tokens."""
+    if turn.functions:
+        begin, end = tokenizer.special_id("<tool_call>"), tokenizer.special_id("</tool_call>")
+        return [*tokenizer.encode(opening), begin, *tokenizer.encode(f"\n{turn.answer}\n"), end]
+    ids: list[int] = []
+    for piece in _PLACE.split(opening + turn.answer):
+        ids += [tokenizer.special_id(piece)] if _PLACE.fullmatch(piece) else tokenizer.encode(piece)
+    return ids
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", type=Path)
+    parser.add_argument("--source", type=Path, default=EMBEDDED)
     parser.add_argument("--bits", default="2")
     parser.add_argument("--code", default="lcc2-12")
     parser.add_argument(
         "--six", action="store_true", help="embeddings and tower at 6 bits: a quarter of bf16"
     )
     parser.add_argument("--prompts", type=int, default=1200)
+    parser.add_argument(
+        "--all", action="store_true", help="calibrate on every family, not only the first three"
+    )
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"))
     given = parser.parse_args()
-    tokenizer = Tokenizer.load(EMBEDDED)
-    pool = load_handwriting(given.cache, "train")
-    prompts = calibration_prompts(pool, tokenizer, given.prompts)
-    plan = build_plan(given.bits, load_config(EMBEDDED), preset(given.code))
+    tokenizer = Tokenizer.load(given.source)
+    if given.all:
+        draws = all_families(load_pools(given.cache, "train"))
+    else:
+        draws = usual(load_handwriting(given.cache, "train"))
+    prompts = calibration_prompts(draws, tokenizer, given.prompts)
+    plan = build_plan(given.bits, load_config(given.source), preset(given.code))
     if given.six:
         plan = replace(plan, embedding=Kind.INT6, tower=Kind.INT6)
-    report = quantize(EMBEDDED, given.target, plan, prompts, num_threads=2)
+    report = quantize(given.source, given.target, plan, prompts, num_threads=given.threads)
     ratio = report["file_bytes"] / report["source_bytes"]
     print(f"{report['file_bytes']:,} bytes, {ratio:.4f} of bf16, in {report['seconds']} s")
     print(json.dumps(report["quality"], indent=1))

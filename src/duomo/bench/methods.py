@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from duomo.bench.ggml import Ggml
-from duomo.quant.feedback import feed_back, inverse_factor, quantize_matrices
-from duomo.quant.hessian import rotate, rotate_hessian
+from duomo.quant.feedback import feed_back, fit_scales, inverse_factor, quantize_matrices
+from duomo.quant.hessian import damp, rotate, rotate_hessian
 from duomo.trellis import LCC2_10, LCC2_12, LCC2_14
 from duomo.trellis.code import TrellisCode
 
@@ -32,22 +32,30 @@ def trellis(code: TrellisCode, damping: float, has_feedback: bool = True, seed: 
 
 
 def scalar(damping: float, has_feedback: bool = True, seed: int | None = 5) -> Method:
-    """GPTQ with the four Lloyd-Max levels, a scale a row and our rotation; feedback column by column."""
+    """GPTQ with the four Lloyd-Max levels, a scale a row and our rotation; feedback column by column.
+
+    As ours it sweeps twice, the second time with the row scales that the first found best.
+    """
     levels = torch.tensor(LLOYD_MAX)
 
     def method(weight: Tensor, hessian: Tensor) -> Tensor:
-        turned = rotate(weight, seed)[None].contiguous()
-        scale = turned.square().mean(-1, keepdim=True).sqrt()
-        upper = inverse_factor(rotate_hessian(hessian, seed)[None], damping)
+        source = rotate(weight, seed)[None].contiguous()
+        scale = source.square().mean(-1, keepdim=True).sqrt()
+        turned_hessian = rotate_hessian(hessian, seed)[None]
+        upper = inverse_factor(turned_hessian, damping)
         if not has_feedback:
             upper = torch.eye(weight.shape[1])[None]
 
         def nearest(first: int, last: int, targets: Tensor) -> Tensor:
             return levels[((targets / scale)[..., None] - levels).abs().argmin(-1)] * scale
 
-        feed_back(turned, upper, 1, nearest)
+        for _ in range(2):
+            rounded = source.clone()
+            feed_back(rounded, upper, 1, nearest)
+            fitted = fit_scales(source, rounded / scale, damp(turned_hessian, damping), 1.0)[..., None]
+            found, scale = rounded / scale * fitted, fitted
         signs_back = rotate(torch.eye(weight.shape[1]), seed)
-        return turned[0] @ signs_back.T
+        return found[0] @ signs_back.T
 
     return method
 
