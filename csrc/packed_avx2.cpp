@@ -1,19 +1,23 @@
 // AVX2, for machines without GFNI.
 //
 // A linear map of a byte is two 16-entry tables, one a nibble, and `vpshufb` reads 32 entries at once. Of a byte's
-// symbols a phase sees those above it, so half of the nibble maps are zero and skipped: at 2 bits and L = 12 fourteen
-// lookups make four phases. The codebook of 64 takes four lookups and three blends. `vpmaddubsw` adds two products in
+// symbols a phase sees those above it, so half of the nibble maps are zero and skipped; a short phase (code.hpp) takes
+// two. At 2 bits and L = 12 ten lookups make four phases. The codebook of 64 takes four lookups and three blends. `vpmaddubsw` adds two products in
 // 16 bits: levels are at most 127 and activations 127, so 2 * 127 * 127 = 32258 cannot saturate.
 #include "packed.hpp"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace {
 
 using namespace duomo;
+
+// Into the second-level cache, a column block ahead: by groups, a block is read in steps that no hardware guesses.
+void ask_for_line(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
@@ -21,13 +25,21 @@ __m256i table(const uint8_t* p) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
+// What a code is compiled for.
+template <int phases_, int reach2_, bool is_wide_, bool is_short_>
+struct Shape {
+    static constexpr int phases = phases_, reach2 = reach2_;
+    static constexpr bool is_wide = is_wide_, is_short = is_short_;
+    static constexpr bool goes_short(int p) { return is_short && p >= reach2; }
+};
+
 struct Nibbles {
-    __m256i low, high;
+    __m256i both, low, high;
 };
 
 Nibbles split(const uint8_t* p) {
     const __m256i byte = load(p), low_mask = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(byte, low_mask), _mm256_and_si256(_mm256_srli_epi16(byte, 4), low_mask)};
+    return {byte, _mm256_and_si256(byte, low_mask), _mm256_and_si256(_mm256_srli_epi16(byte, 4), low_mask)};
 }
 
 // Which nibble maps of phase p are not zero, for windows that reach `reach2` phases two bytes back.
@@ -36,8 +48,17 @@ constexpr bool sees_low(int p) {  // of this byte: the later half of its symbols
     return p >= phases / 2;
 }
 
-template <int phases, int reach2, int p>
+template <class Shape, int p>
 __m256i index_of(const TrellisCode& code, Nibbles now, Nibbles back1, Nibbles back2) {
+    constexpr int phases = Shape::phases, reach2 = Shape::reach2;
+    if constexpr (Shape::goes_short(p)) {
+        constexpr bool is_late = p >= phases / 2;
+        const Nibbles mapped = is_late ? now : back1;
+        const __m256i other = is_late ? back1.both : now.high, mask = _mm256_set1_epi8(char(code.short_mask[p]));
+        return _mm256_xor_si256(_mm256_xor_si256(_mm256_shuffle_epi8(table(code.short_nibble[p][0]), mapped.low),
+                                                 _mm256_shuffle_epi8(table(code.short_nibble[p][1]), mapped.high)),
+                                _mm256_and_si256(other, mask));
+    }
     __m256i index = _mm256_shuffle_epi8(table(code.nibble[p][0][1]), now.high);
     if constexpr (sees_low<phases>(p))
         index = _mm256_xor_si256(index, _mm256_shuffle_epi8(table(code.nibble[p][0][0]), now.low));
@@ -56,7 +77,7 @@ __m256i index_of(const TrellisCode& code, Nibbles now, Nibbles back1, Nibbles ba
 
 // vpblendvb looks at bit 7 of each byte: a shift of 16-bit lanes brings index bits 4, 5 and 6 there.
 template <bool is_wide>
-__m256i level_of(const TrellisCode& code, __m256i index) {
+__m256i level_of(const uint8_t* levels, __m256i index) {
     const __m256i bit4 = _mm256_slli_epi16(index, 3), bit5 = _mm256_slli_epi16(index, 2);
     const __m256i nibble = is_wide ? _mm256_and_si256(index, _mm256_set1_epi8(0x3F)) : index;
     const auto half = [&](const uint8_t* level) {
@@ -66,8 +87,8 @@ __m256i level_of(const TrellisCode& code, __m256i index) {
                                              _mm256_shuffle_epi8(table(level + 48), nibble), bit4);
         return _mm256_blendv_epi8(a, b, bit5);
     };
-    if constexpr (!is_wide) return half(code.level);
-    return _mm256_blendv_epi8(half(code.level), half(code.level + 64), _mm256_slli_epi16(index, 1));
+    if constexpr (!is_wide) return half(levels);
+    return _mm256_blendv_epi8(half(levels), half(levels + 64), _mm256_slli_epi16(index, 1));
 }
 
 __m256i dot4(__m256i unsigned_w, __m256i x) {
@@ -80,13 +101,19 @@ __m256i broadcast4(const int8_t* x) {
     return _mm256_set1_epi32(four);
 }
 
-template <int phases, int reach2, bool is_wide, int p>
+template <class Shape, int p>
+__m256i decode(const TrellisCode& code, Nibbles now, Nibbles back1, Nibbles back2) {
+    return level_of<Shape::is_wide>(Shape::goes_short(p) ? code.short_level[p] : code.level,
+                                    index_of<Shape, p>(code, now, back1, back2));
+}
+
+template <class Shape, int p>
 void accumulate_phase(const TrellisCode& code, Nibbles now, Nibbles back1, Nibbles back2, __m256i x, int32_t* acc) {
-    const __m256i level = level_of<is_wide>(code, index_of<phases, reach2, p>(code, now, back1, back2));
+    const __m256i level = decode<Shape, p>(code, now, back1, back2);
     store(acc + 16 * p, _mm256_add_epi32(load(acc + 16 * p), dot4(level, x)));
 }
 
-template <int phases, int reach2, bool is_wide>
+template <class Shape>
 void accumulate_as(const TrellisCode& code, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
                    int64_t tiles, const int8_t* x, int32_t* acc) {
     for (int64_t part = 0; part < 8 * blocks; ++part) {  // a group of a column block, and half of its rows
@@ -96,13 +123,14 @@ void accumulate_as(const TrellisCode& code, const uint8_t* line, int64_t stride,
         const __m256i x_i8x4 = broadcast4(x + 16 * block + 4 * group);
         const uint8_t* in = line + block * stride + 64 * group + half;
         int32_t* out = acc + half / 4;
-        for (int64_t tile = 0; tile < tiles; ++tile, in += 256, out += 16 * phases) {
+        for (int64_t tile = 0; tile < tiles; ++tile, in += 256, out += 16 * Shape::phases) {
+            if (!half) ask_for_line(in + stride);
             const Nibbles now = split(in);
-            accumulate_phase<phases, reach2, is_wide, 0>(code, now, back1, back2, x_i8x4, out);
-            accumulate_phase<phases, reach2, is_wide, 1>(code, now, back1, back2, x_i8x4, out);
-            if constexpr (phases == 4) {
-                accumulate_phase<phases, reach2, is_wide, 2>(code, now, back1, back2, x_i8x4, out);
-                accumulate_phase<phases, reach2, is_wide, 3>(code, now, back1, back2, x_i8x4, out);
+            accumulate_phase<Shape, 0>(code, now, back1, back2, x_i8x4, out);
+            accumulate_phase<Shape, 1>(code, now, back1, back2, x_i8x4, out);
+            if constexpr (Shape::phases == 4) {
+                accumulate_phase<Shape, 2>(code, now, back1, back2, x_i8x4, out);
+                accumulate_phase<Shape, 3>(code, now, back1, back2, x_i8x4, out);
             }
             back2 = back1;
             back1 = now;
@@ -110,18 +138,18 @@ void accumulate_as(const TrellisCode& code, const uint8_t* line, int64_t stride,
     }
 }
 
-template <int phases, int reach2, bool is_wide>
+template <class Shape>
 void decode_tile_as(const TrellisCode& code, const uint8_t* line, const Start& start, uint8_t* panel) {
     for (int part = 0; part < 8; ++part) {
         const int group = part / 2, half = 32 * (part % 2);
         const Nibbles now = split(line + 64 * group + half);
         const Nibbles back1 = split(start.back1[group] + half), back2 = split(start.back2[group] + half);
         uint8_t* out = panel + 256 * group + half;
-        store(out, level_of<is_wide>(code, index_of<phases, reach2, 0>(code, now, back1, back2)));
-        store(out + 64, level_of<is_wide>(code, index_of<phases, reach2, 1>(code, now, back1, back2)));
-        if constexpr (phases == 4) {
-            store(out + 128, level_of<is_wide>(code, index_of<phases, reach2, 2>(code, now, back1, back2)));
-            store(out + 192, level_of<is_wide>(code, index_of<phases, reach2, 3>(code, now, back1, back2)));
+        store(out, decode<Shape, 0>(code, now, back1, back2));
+        store(out + 64, decode<Shape, 1>(code, now, back1, back2));
+        if constexpr (Shape::phases == 4) {
+            store(out + 128, decode<Shape, 2>(code, now, back1, back2));
+            store(out + 192, decode<Shape, 3>(code, now, back1, back2));
         }
     }
 }
@@ -131,17 +159,21 @@ struct Variant {
     decltype(PackedKernels::decode_tile) decode_tile;
 };
 
-template <int phases, int reach2, bool is_wide>
-constexpr Variant variant = {accumulate_as<phases, reach2, is_wide>, decode_tile_as<phases, reach2, is_wide>};
+template <class Shape>
+constexpr Variant variant = {accumulate_as<Shape>, decode_tile_as<Shape>};
+
+// [is_short][reach2]: what reaches further cannot be short.
+template <int phases, bool is_wide>
+constexpr Variant variants_of[2][4] = {
+    {variant<Shape<phases, 0, is_wide, false>>, variant<Shape<phases, 1, is_wide, false>>,
+     variant<Shape<phases, std::min(2, phases - 1), is_wide, false>>,
+     variant<Shape<phases, std::min(3, phases - 1), is_wide, false>>},
+    {variant<Shape<phases, 0, is_wide, true>>, variant<Shape<phases, 1, is_wide, true>>}};
 
 const Variant& choose(const TrellisCode& code) {
-    static constexpr Variant variants[2][2][4] = {  // [bits == 4][is_wide][reach2]
-        {{variant<4, 0, false>, variant<4, 1, false>, variant<4, 2, false>, variant<4, 3, false>},
-         {variant<4, 0, true>, variant<4, 1, true>, variant<4, 2, true>, variant<4, 3, true>}},
-        {{variant<2, 0, false>, variant<2, 1, false>, variant<2, 1, false>, variant<2, 1, false>},
-         {variant<2, 0, true>, variant<2, 1, true>, variant<2, 1, true>, variant<2, 1, true>}}};
-    const bool is_wide = std::memcmp(code.level, code.level + 64, 64) != 0;
-    return variants[code.bits == 4][is_wide][code.reach2];
+    const int is_short = code.is_short && code.reach2 < 2;
+    if (code.bits == 4) return (code.is_wide ? variants_of<2, true> : variants_of<2, false>)[is_short][code.reach2];
+    return (code.is_wide ? variants_of<4, true> : variants_of<4, false>)[is_short][code.reach2];
 }
 
 void accumulate(const TrellisCode& code, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,

@@ -4,16 +4,20 @@
 // `gf2p8affineqb` maps 64 bytes to 64 hash bytes, `vpermb` looks all 64 up in the codebook register, `vpdpbusd`
 // multiplies them by four inputs broadcast to all rows.
 //
-// The trick that saves an affine: phase p needs p+1 symbols of this byte and only L/B - p - 5 (2 bits; L/B - p - 3 at
-// 4 bits) of the byte two back, at most a byte's worth together, and the first lie in its high bits, the second in its
-// low bits. One `vpternlog` merges the two bytes under a mask, and one matrix, the sum of both, maps the merged byte.
-// So every phase costs two affines, whatever the window: 8 affines, 4 lookups, 4 products and about 8 cheap logic
-// operations for 256 weights. Affines and lookups share two ports: 6 cycles at best on Zen 5.
+// Three kinds of phases. The short ones (code.hpp) cost one affine and one `vpternlog`, which masks the byte that needs
+// no matrix and adds it. Of the others, phase p needs p+1 symbols of this byte and only L/B - p - 5 (2 bits; L/B - p - 3
+// at 4 bits) of the byte two back, at most a byte's worth together, and the first lie in its high bits, the second in
+// its low bits: one `vpternlog` merges the two bytes under a mask, and one matrix, the sum of both, maps the merged byte.
+// The third see no byte two back and need no merging. So lcc2-12 takes 5 affines, 4 lookups, 4 products and 6 logic
+// operations for 256 weights, lcc4-12 half of 4, 4, 4 and 5. On Zen 4 affines and products share two pipes, lookups one
+// of these and a third, a 512-bit operation holds its pipe for two cycles: 9.5 cycles at best, 12.6 measured (14.7
+// before phases went short).
 #include "packed.hpp"
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__GFNI__)
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace {
@@ -29,49 +33,77 @@ void ask_for_line(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM
 
 __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 
-template <int phases>
+__m512i broadcast4(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+}
+
+// What a code is compiled for.
+template <int phases_, int reach2_, bool is_wide_, bool is_short_>
+struct Shape {
+    static constexpr int phases = phases_, reach2 = reach2_;
+    static constexpr bool is_wide = is_wide_, is_short = is_short_;
+};
+
+template <class Shape>
 struct Decoder {
+    static constexpr int phases = Shape::phases;
     __m512i near_u8[phases], before_u8[phases], merge_u8[phases];
-    __m512i levels_low, levels_high;
+    __m512i levels_low[phases], levels_high[phases];
+
+    static constexpr bool goes_short(int p) { return Shape::is_short && p >= Shape::reach2; }
 
     explicit Decoder(const TrellisCode& code) {
         for (int p = 0; p < phases; ++p) {
+            levels_low[p] = load(goes_short(p) ? code.short_level[p] : code.level);
+            levels_high[p] = load((goes_short(p) ? code.short_level[p] : code.level) + 64);
+            if (goes_short(p)) {
+                near_u8[p] = _mm512_set1_epi64(int64_t(code.short_matrix[p]));
+                merge_u8[p] = _mm512_set1_epi8(char(code.short_mask[p]));
+                continue;
+            }
             near_u8[p] = _mm512_set1_epi64(int64_t(code.matrix[p][0] | code.matrix[p][2]));
             before_u8[p] = _mm512_set1_epi64(int64_t(code.matrix[p][1]));
             // The symbols of this byte that phase p sees: its p+1 highest.
             merge_u8[p] = _mm512_set1_epi8(char(0xFF << (8 - (p + 1) * code.bits)));
         }
-        levels_low = load(code.level);
-        levels_high = load(code.level + 64);
     }
 
-    // Levels + 64 of phase p, from a byte and the two before it. reach2: phases that see the byte two back.
-    template <int p, int reach2, bool is_wide>
-    __m512i decode(__m512i now, __m512i back1, __m512i back2) const {
+    template <int p>
+    __m512i index_of(__m512i now, __m512i back1, __m512i back2) const {
+        if constexpr (goes_short(p)) {
+            constexpr bool is_late = p >= phases / 2;
+            const __m512i mapped = _mm512_gf2p8affine_epi64_epi8(is_late ? now : back1, near_u8[p], 0);
+            const __m512i other = is_late ? back1 : _mm512_srli_epi16(now, 4);
+            return _mm512_ternarylogic_epi64(mapped, other, merge_u8[p], 0x78);  // mapped ^ (other & mask)
+        }
         // now where the mask is set, else back2
-        const __m512i seen = p < reach2 ? _mm512_ternarylogic_epi64(merge_u8[p], now, back2, 0xCA) : now;
-        const __m512i index = _mm512_xor_si512(_mm512_gf2p8affine_epi64_epi8(seen, near_u8[p], 0),
-                                               _mm512_gf2p8affine_epi64_epi8(back1, before_u8[p], 0));
-        return is_wide ? _mm512_permutex2var_epi8(levels_low, index, levels_high)
-                       : _mm512_permutexvar_epi8(index, levels_low);
+        const __m512i seen = p < Shape::reach2 ? _mm512_ternarylogic_epi64(merge_u8[p], now, back2, 0xCA) : now;
+        return _mm512_xor_si512(_mm512_gf2p8affine_epi64_epi8(seen, near_u8[p], 0),
+                                _mm512_gf2p8affine_epi64_epi8(back1, before_u8[p], 0));
+    }
+
+    // Levels + 64 of phase p, from a byte and the two before it.
+    template <int p>
+    __m512i decode(__m512i now, __m512i back1, __m512i back2) const {
+        const __m512i index = index_of<p>(now, back1, back2);
+        return Shape::is_wide ? _mm512_permutex2var_epi8(levels_low[p], index, levels_high[p])
+                              : _mm512_permutexvar_epi8(index, levels_low[p]);
     }
 };
 
 // The tiles of one column block: back1 and back2 of its four groups stay in registers all the way down. x rows are
 // `x_stride` and the sums of a token `acc_stride` apart.
-template <int tokens, int phases, int reach2, bool is_wide>
-void accumulate_block(const Decoder<phases>& decoder, const uint8_t* line, int64_t ahead, const Start& start,
+template <int tokens, class Shape>
+void accumulate_block(const Decoder<Shape>& decoder, const uint8_t* line, int64_t ahead, const Start& start,
                       int64_t tiles, const int8_t* x, int64_t x_stride, int32_t* acc, int64_t acc_stride) {
-    __m512i back1[4], back2[4], x_i8x4[4][tokens];
+    constexpr int phases = Shape::phases;
+    __m512i back1[4], back2[4];
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) {
         back1[g] = load(start.back1[g]);
         back2[g] = load(start.back2[g]);
-        for (int t = 0; t < tokens; ++t) {
-            int32_t four;
-            std::memcpy(&four, x + t * x_stride + 4 * g, 4);
-            x_i8x4[g][t] = _mm512_set1_epi32(four);
-        }
     }
     for (int64_t tile = 0; tile < tiles; ++tile, line += 256, acc += 16 * phases) {
         __m512i sum[tokens][phases];
@@ -85,15 +117,15 @@ void accumulate_block(const Decoder<phases>& decoder, const uint8_t* line, int64
             const __m512i now = load(line + 64 * g);
             const auto add = [&](int p, __m512i level) {
 #pragma GCC unroll 4
-                for (int t = 0; t < tokens; ++t) sum[t][p] = _mm512_dpbusd_epi32(sum[t][p], level, x_i8x4[g][t]);
+                for (int t = 0; t < tokens; ++t) sum[t][p] = _mm512_dpbusd_epi32(sum[t][p], level, broadcast4(x + t * x_stride + 4 * g));
             };
-            add(0, decoder.template decode<0, reach2, is_wide>(now, back1[g], back2[g]));
-            add(1, decoder.template decode<1, reach2, is_wide>(now, back1[g], back2[g]));
-            if constexpr (phases == 4) {
-                add(2, decoder.template decode<2, reach2, is_wide>(now, back1[g], back2[g]));
-                add(3, decoder.template decode<3, reach2, is_wide>(now, back1[g], back2[g]));
+            add(0, decoder.template decode<0>(now, back1[g], back2[g]));
+            add(1, decoder.template decode<1>(now, back1[g], back2[g]));
+            if constexpr (Shape::phases == 4) {
+                add(2, decoder.template decode<2>(now, back1[g], back2[g]));
+                add(3, decoder.template decode<3>(now, back1[g], back2[g]));
             }
-            if constexpr (reach2 > 0) back2[g] = back1[g];
+            if constexpr (Shape::reach2 > 0) back2[g] = back1[g];
             back1[g] = now;
         }
 #pragma GCC unroll 4
@@ -103,40 +135,44 @@ void accumulate_block(const Decoder<phases>& decoder, const uint8_t* line, int64
     }
 }
 
-template <int tokens, int phases, int reach2, bool is_wide>
+template <int tokens, class Shape>
 void accumulate_tokens(const TrellisCode& code, const uint8_t* line, int64_t stride, const Start* starts,
                        int64_t blocks, int64_t tiles, const int8_t* x, int64_t x_stride, int32_t* acc,
                        int64_t acc_stride) {
-    const Decoder<phases> decoder(code);
+    const Decoder<Shape> decoder(code);
     const int64_t run = tiles * 256, ahead = (kAheadBytes + run - 1) / run * stride;
     for (int64_t block = 0; block < blocks; ++block)
-        accumulate_block<tokens, phases, reach2, is_wide>(decoder, line + block * stride, ahead, starts[block], tiles,
+        accumulate_block<tokens, Shape>(decoder, line + block * stride, ahead, starts[block], tiles,
                                                           x + 16 * block, x_stride, acc, acc_stride);
 }
 
-template <int phases, int reach2, bool is_wide>
+// As many tokens together as leave their sums in registers.
+template <class Shape>
 void accumulate_as(const TrellisCode& code, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
                    int64_t tiles, const int8_t* x, int64_t x_stride, int64_t tokens, int32_t* acc,
                    int64_t acc_stride) {
-    static constexpr decltype(&accumulate_tokens<1, phases, reach2, is_wide>) counts[kFewTokens] = {
-        accumulate_tokens<1, phases, reach2, is_wide>, accumulate_tokens<2, phases, reach2, is_wide>,
-        accumulate_tokens<3, phases, reach2, is_wide>, accumulate_tokens<4, phases, reach2, is_wide>};
-    counts[tokens - 1](code, line, stride, starts, blocks, tiles, x, x_stride, acc, acc_stride);
+    constexpr int most = 8 / Shape::phases;
+    static constexpr decltype(&accumulate_tokens<1, Shape>) counts[] = {
+        accumulate_tokens<1, Shape>, accumulate_tokens<2, Shape>, accumulate_tokens<std::min(3, most), Shape>,
+        accumulate_tokens<most, Shape>};
+    for (; tokens > 0; tokens -= most, x += most * x_stride, acc += most * acc_stride)
+        counts[std::min<int64_t>(tokens, most) - 1](code, line, stride, starts, blocks, tiles, x, x_stride, acc,
+                                                    acc_stride);
 }
 
-template <int phases, int reach2, bool is_wide>
+template <class Shape>
 void decode_tile_as(const TrellisCode& code, const uint8_t* line, const Start& start, uint8_t* panel) {
-    const Decoder<phases> decoder(code);
+    const Decoder<Shape> decoder(code);
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) {
         const __m512i now = load(line + 64 * g), back1 = load(start.back1[g]), back2 = load(start.back2[g]);
         uint8_t* out = panel + 256 * g;
-        ask_for_line(line + kPanelRows / 16 / phases * 256 + 64 * g);  // of the panel below this one
-        _mm512_storeu_si512(out, decoder.template decode<0, reach2, is_wide>(now, back1, back2));
-        _mm512_storeu_si512(out + 64, decoder.template decode<1, reach2, is_wide>(now, back1, back2));
-        if constexpr (phases == 4) {
-            _mm512_storeu_si512(out + 128, decoder.template decode<2, reach2, is_wide>(now, back1, back2));
-            _mm512_storeu_si512(out + 192, decoder.template decode<3, reach2, is_wide>(now, back1, back2));
+        ask_for_line(line + kPanelRows / 16 / Shape::phases * 256 + 64 * g);  // of the panel below this one
+        _mm512_storeu_si512(out, decoder.template decode<0>(now, back1, back2));
+        _mm512_storeu_si512(out + 64, decoder.template decode<1>(now, back1, back2));
+        if constexpr (Shape::phases == 4) {
+            _mm512_storeu_si512(out + 128, decoder.template decode<2>(now, back1, back2));
+            _mm512_storeu_si512(out + 192, decoder.template decode<3>(now, back1, back2));
         }
     }
 }
@@ -149,18 +185,21 @@ struct Variant {
     DecodeTile decode_tile;
 };
 
-template <int phases, int reach2, bool is_wide>
-constexpr Variant variant = {accumulate_as<phases, reach2, is_wide>, decode_tile_as<phases, reach2, is_wide>};
+template <class Shape>
+constexpr Variant variant = {accumulate_as<Shape>, decode_tile_as<Shape>};
+
+// [is_short][reach2]: what reaches further cannot be short.
+template <int phases, bool is_wide>
+constexpr Variant variants_of[2][4] = {
+    {variant<Shape<phases, 0, is_wide, false>>, variant<Shape<phases, 1, is_wide, false>>,
+     variant<Shape<phases, std::min(2, phases - 1), is_wide, false>>,
+     variant<Shape<phases, std::min(3, phases - 1), is_wide, false>>},
+    {variant<Shape<phases, 0, is_wide, true>>, variant<Shape<phases, 1, is_wide, true>>}};
 
 const Variant& choose(const TrellisCode& code) {
-    // [bits == 4][is_wide][reach2]
-    static constexpr Variant variants[2][2][4] = {
-        {{variant<4, 0, false>, variant<4, 1, false>, variant<4, 2, false>, variant<4, 3, false>},
-         {variant<4, 0, true>, variant<4, 1, true>, variant<4, 2, true>, variant<4, 3, true>}},
-        {{variant<2, 0, false>, variant<2, 1, false>, variant<2, 1, false>, variant<2, 1, false>},
-         {variant<2, 0, true>, variant<2, 1, true>, variant<2, 1, true>, variant<2, 1, true>}}};
-    const bool is_wide = std::memcmp(code.level, code.level + 64, 64) != 0;
-    return variants[code.bits == 4][is_wide][code.reach2];
+    const int is_short = code.is_short && code.reach2 < 2;
+    if (code.bits == 4) return (code.is_wide ? variants_of<2, true> : variants_of<2, false>)[is_short][code.reach2];
+    return (code.is_wide ? variants_of<4, true> : variants_of<4, false>)[is_short][code.reach2];
 }
 
 void accumulate_few(const TrellisCode& code, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
