@@ -3,6 +3,9 @@
 Text and pictures, whole and streamed, cancelled half-way, read slowly, and wrong in a dozen ways. Nothing may
 be a 5xx or go unanswered, and when everybody has left, pages, sockets, processes and memory must be back
 where they were after a first half minute of the same. Bounded in time; the server is started and ended here.
+
+Memory is private memory, of each kind of process, less what the bounded caches say they hold (pages of keys
+and values that were ever written, features of pictures, decoded pictures): those are told apart.
 """
 
 from __future__ import annotations
@@ -29,8 +32,16 @@ from duomo.bench.overhead import free_port, wait_for
 
 _CHAT = "/v1/chat/completions"
 _ANSWER_S = 300.0  # an answer that takes longer counts as none
-_MEMORY_GROWTH = 1.15  # of all processes, from after the warm-up to the end
+_GROWTH, _SLACK_MIB = (
+    1.1,
+    8.0,
+)  # of each kind of process, from after the warm-up to the end: the larger counts
 _WARM_S, _SETTLE_S = 30.0, 8.0
+_KINDS = {
+    "duomo.serve": "server",
+    "duomo.engine.process": "engine",
+    "duomo.processing.decode_worker": "decoders",
+}
 
 
 class State(NamedTuple):
@@ -40,7 +51,12 @@ class State(NamedTuple):
     running: float
     sockets: int
     processes: int
-    memory_mib: float
+    memory_mib: dict[str, float]  # private, by kind of process
+    caches_mib: dict[str, float]  # the part of it that caches with a bound say they hold
+
+    @property
+    def own_mib(self) -> dict[str, float]:
+        return {kind: size - self.caches_mib.get(kind, 0.0) for kind, size in self.memory_mib.items()}
 
 
 class Soak:
@@ -137,12 +153,25 @@ class Soak:
 
         await asyncio.gather(*(keep_on() for _ in range(clients)))
 
+    async def left_alone(self, pid: int) -> State:
+        """The state after a pause, with a decoder that has worked: a wrong picture ends it, and the next is new."""
+        await self.do(self.picture)
+        await asyncio.sleep(_SETTLE_S)
+        return await self.state(pid)
+
     async def state(self, pid: int) -> State:
         load = (await self.client.get("/load")).json()
         family = _family(pid)
+        memory_mib: dict[str, float] = {}
+        for one in family:
+            kind = _kind(one)
+            memory_mib[kind] = round(memory_mib.get(kind, 0.0) + _memory_mib(one), 1)
+        written = load["kv_bytes"] * load["pages_written"] / load["pages"]
+        caches_bytes = {"server": load["media_kept_bytes"], "engine": load["feature_bytes"] + written}
         return State(
-            load.get("pages_held", 0.0), load.get("running", 0.0) + load["server_load"],
-            sum(_num_sockets(one) for one in family), len(family), round(sum(map(_memory_mib, family)), 1),
+            load["pages_held"], load["running"] + load["server_load"],
+            sum(_num_sockets(one) for one in family), len(family), memory_mib,
+            {kind: round(size / (1 << 20), 1) for kind, size in caches_bytes.items()},
         )  # fmt: skip
 
 
@@ -167,6 +196,12 @@ def _family(pid: int) -> list[int]:
     return [pid, *(one for child in children for one in _family(int(child)))]
 
 
+def _kind(pid: int) -> str:
+    """Which of duomo's processes this is, by the module it runs."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    return next((kind for module, kind in _KINDS.items() if module in words), "others")
+
+
 def _num_sockets(pid: int) -> int:
     folder, count = Path(f"/proc/{pid}/fd"), 0
     for name in os.listdir(folder):
@@ -187,21 +222,20 @@ def _memory_mib(pid: int) -> float:
 async def soak(url: str, pid: int, clients: int, minutes: float, seed: int) -> dict[str, Any]:
     work = Soak(url, seed)
     await work.run(clients, _WARM_S)
-    await asyncio.sleep(_SETTLE_S)
-    before = await work.state(pid)
-    seen = [before]
+    before = await work.left_alone(pid)
+    began = time.monotonic()
+    timeline = [(0, before)]
 
     async def look() -> None:
         while True:
             await asyncio.sleep(5.0)
-            seen.append(await work.state(pid))
+            timeline.append((round(time.monotonic() - began), await work.state(pid)))
 
     looking = asyncio.ensure_future(look())
-    began = time.monotonic()
     await work.run(clients, minutes * 60)
     looking.cancel()
-    await asyncio.sleep(_SETTLE_S)
-    after = await work.state(pid)
+    after = await work.left_alone(pid)
+    seen = [state for _, state in timeline] + [after]
     metrics = (await work.client.get("/metrics")).text
     await work.client.aclose()
     five = [
@@ -215,9 +249,23 @@ async def soak(url: str, pid: int, clients: int, minutes: float, seed: int) -> d
         "clients": clients, "minutes": round((time.monotonic() - began) / 60, 2),
         "requests": sum(work.outcomes.values()), "by_kind": dict(work.outcomes),
         "failures": work.failures[:20], "num_failures": len(work.failures), "answers_5xx": five,
-        "before": before._asdict(), "after": after._asdict(),
-        "most": {name: max(getattr(one, name) for one in seen) for name in State._fields},
+        "before": _told(before), "after": _told(after), "most": _most(seen),
+        "every_half_minute": [
+            {"at_s": at, "memory_mib": one.memory_mib, "caches_mib": one.caches_mib} for at, one in timeline[::6]
+        ],
     }  # fmt: skip
+
+
+def _told(state: State) -> dict[str, Any]:
+    return state._asdict() | {"own_mib": {kind: round(size, 1) for kind, size in state.own_mib.items()}}
+
+
+def _most(seen: list[State]) -> dict[str, Any]:
+    counts = {name: max(getattr(one, name) for one in seen) for name in State._fields[:4]}
+    kinds = {kind for one in seen for kind in one.memory_mib}
+    return counts | {
+        "memory_mib": {kind: max(one.memory_mib.get(kind, 0.0) for one in seen) for kind in sorted(kinds)}
+    }
 
 
 def verdict(found: dict[str, Any]) -> list[str]:
@@ -228,8 +276,10 @@ def verdict(found: dict[str, Any]) -> list[str]:
     for name in ("pages_held", "running", "sockets", "processes"):
         if after[name] > before[name]:
             wrong.append(f"{name} was {before[name]:g} and is {after[name]:g}")
-    if after["memory_mib"] > before["memory_mib"] * _MEMORY_GROWTH:
-        wrong.append(f"memory was {before['memory_mib']:g} MiB and is {after['memory_mib']:g} MiB")
+    for kind, size in after["own_mib"].items():
+        start = before["own_mib"].get(kind, 0.0)
+        if size > max(start * _GROWTH, start + _SLACK_MIB):
+            wrong.append(f"memory of {kind} was {start:g} MiB and is {size:g} MiB, caches not counted")
     return wrong
 
 

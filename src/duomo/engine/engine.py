@@ -162,6 +162,7 @@ class Engine:
             "preemptions": self.scheduler.num_preemptions,
             "pages": pool.num_pages,
             "pages_held": pool.num_held,
+            "pages_written": pool.num_written,
             "kv_usage": pool.num_held / max(1, pool.num_pages),
         }
         return values | {name: float(value) for name, value in self.runner.counters().items()}

@@ -16,6 +16,7 @@ class PagePool:
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
+        self.num_written = 0  # pages that were ever taken; memory that was never touched costs nothing
         self._free: deque[int] = deque(range(num_pages))
         self._holders = [0] * num_pages
         self._key_of: dict[int, bytes] = {}
@@ -46,6 +47,7 @@ class PagePool:
         else:
             raise OutOfPages(f"all {self.num_pages} pages are held", needed=1, available=0)
         self._holders[page] = 1
+        self.num_written = max(self.num_written, page + 1)  # new ones are taken in order
         return page
 
     def share(self, key: bytes) -> int | None:
@@ -94,6 +96,7 @@ class PagePool:
         assert len(free) == len(self._free), "a page is free twice"
         assert not (free & kept or free & held or kept & held), "a page is in two states"
         assert len(free) + len(kept) + len(held) == self.num_pages, "a page is lost"
+        assert max(kept | held, default=-1) < self.num_written, "a page in use was never written"
         assert {key: page for page, key in self._key_of.items()} == self._page_of, "names are no bijection"
         assert kept <= self._key_of.keys(), "a page is kept without a name"
         assert not free & self._key_of.keys(), "a free page has a name"

@@ -27,6 +27,7 @@ import zmq
 from duomo import errors
 from duomo.engine.answer import Answer
 from duomo.engine.engine import Engine, Sink, check_request
+from duomo.engine.heap import Heap, few_arenas
 from duomo.engine.request import Output, Request
 from duomo.engine.vocabulary import Vocabulary
 from duomo.errors import ConfigError, EngineError, Error
@@ -262,6 +263,7 @@ class EngineProcess:
 
 
 def _child(place: str, folder: str, options: dict[str, Any]) -> None:
+    few_arenas()
     context: zmq.Context[Any] = zmq.Context.instance()
     reports, commands = context.socket(zmq.PUSH), context.socket(zmq.PULL)
     reports.connect(f"ipc://{place}/reports")
@@ -278,11 +280,16 @@ def _child(place: str, folder: str, options: dict[str, Any]) -> None:
     sender.start()
     pending.put(Ready(engine.scheduler.max_model_tokens, engine.runner.vocab_size))
     engine.start()
-    parent = os.getppid()
+    heap, parent = Heap(), os.getppid()
+    heap.settle()
     while engine.is_alive and os.getppid() == parent:
         if not commands.poll(500):
+            if not engine.open_ids():
+                heap.tidy()
             continue
         command = _commands.decode(commands.recv())
+        if not isinstance(command, Ask):  # those of gauges come every few seconds
+            heap.used()
         if isinstance(command, Submit):
             try:
                 engine.submit(command.request, pending.put)

@@ -61,6 +61,11 @@ class Decoders:
             self._idle.put(None)
         self._is_closed = False
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of decoded media that wait for the next turn."""
+        return self._kept.num_bytes
+
     def load(self, part: ImagePart | VideoPart) -> Media:
         """The medium. Raises what `load_media` raises, and MediaError when the limits are reached."""
         asked = _asked(part)
@@ -105,7 +110,7 @@ class _Kept:
     """The media used last, up to a size; each keeps a file open, so there is a bound on their number, too."""
 
     def __init__(self, most_bytes: int, most: int = 128) -> None:
-        self._most_bytes, self._most, self._num_bytes = most_bytes, most, 0
+        self._most_bytes, self._most, self.num_bytes = most_bytes, most, 0
         self._media: OrderedDict[bytes, Media] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -119,9 +124,9 @@ class _Kept:
         with self._lock:
             if key not in self._media and media.patches.nbytes <= self._most_bytes:
                 self._media[key] = media
-                self._num_bytes += media.patches.nbytes
-            while self._num_bytes > self._most_bytes or len(self._media) > self._most:
-                self._num_bytes -= self._media.popitem(last=False)[1].patches.nbytes
+                self.num_bytes += media.patches.nbytes
+            while self.num_bytes > self._most_bytes or len(self._media) > self._most:
+                self.num_bytes -= self._media.popitem(last=False)[1].patches.nbytes
         return media
 
 

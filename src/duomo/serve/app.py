@@ -140,6 +140,8 @@ class _Outer:
             route = scope.get("route")
             path = getattr(route, "path", "other")
             server.metrics.count(server.metrics.requests, path, str(status))
+            if path not in _QUIET:
+                server.heap.used()
             log.log(
                 logging.DEBUG if path in _QUIET else logging.INFO,
                 "request",

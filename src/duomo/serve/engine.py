@@ -146,6 +146,7 @@ class Model:
             "prefix_queries": stats.get("queried_tokens", 0.0),
             "prefix_hits": stats.get("cached_tokens", 0.0),
             "feature_queries": hits + stats.get("media_encoded", 0.0),
+            "media_kept_bytes": float(self._decoders.kept_bytes) if self._decoders else 0.0,
         }
 
     def expect_picture(self) -> None:

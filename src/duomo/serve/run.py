@@ -18,6 +18,7 @@ from pathlib import Path
 
 import uvicorn
 
+from duomo.engine.heap import few_arenas
 from duomo.errors import Error
 from duomo.serve import logs
 from duomo.serve.app import create_app
@@ -67,17 +68,19 @@ async def load_backend(options: Options) -> Backend:
 
 async def run(options: Options, load: Load) -> int:
     """Serves until told to stop."""
+    few_arenas()
     logs.set_up(options.log_level)
     app = create_app(None, options)
     server: Server = app.state.server
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_NUM_THREADS, "duomo-wait"))
     http = _Http(http_config(app, options), server)
-    loading = asyncio.create_task(_load(server, load, http))
+    beside = [asyncio.create_task(_load(server, load, http)), asyncio.create_task(_tidy(server))]
     try:
         await http.serve()
     finally:
-        loading.cancel()
-        await asyncio.gather(loading, return_exceptions=True)
+        for task in beside:
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
         if server.backend is not None:
             await server.backend.close()
     return 1 if server.state == "failed" else 0
@@ -143,6 +146,7 @@ async def _load(server: Server, load: Load, http: _Http) -> None:
         if server.state in ("loading", "failed"):
             server.state = "ready"
         _announce(server)
+        server.heap.settle()
         while server.backend.is_alive:
             await asyncio.sleep(0.2)
         if server.state == "draining":
@@ -154,6 +158,13 @@ async def _load(server: Server, load: Load, http: _Http) -> None:
             return
         await server.backend.close()
         server.state = "loading"
+
+
+async def _tidy(server: Server) -> None:
+    while True:
+        await asyncio.sleep(1.0)
+        if server.gate.inside == 0:
+            await asyncio.to_thread(server.heap.tidy)
 
 
 async def _load_adapters(server: Server, backend: Backend) -> bool:

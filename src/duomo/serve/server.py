@@ -23,6 +23,7 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from duomo.engine.heap import Heap
 from duomo.errors import Aborted
 from duomo.processing.media import FetchRules
 from duomo.serve.backend import Backend, Job, Piece
@@ -53,6 +54,7 @@ class Server:
         self.gate = Gate(self.options.max_concurrency)
         self.keys = Keys(self.options)
         self.metrics = Metrics(self.model_name)
+        self.heap = Heap()
         self.adapters: dict[str, Path] = {}  # loaded ones, by the name requests give as model
         self.changing_adapters = asyncio.Lock()
         self._running: set[str] = set()

@@ -1,0 +1,63 @@
+"""Free memory goes back once after each time of work, and for real."""
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+
+from duomo.engine.heap import QUIET_S, Heap
+
+
+def test_it_is_given_back_once_after_work_and_a_pause():
+    now, given = [0.0], []
+    heap = Heap(lambda: now[0], lambda: given.append(now[0]))
+    assert not heap.tidy()  # nothing was done yet
+    heap.used()
+    assert not heap.tidy()
+    now[0] = QUIET_S - 0.1
+    heap.used()
+    now[0] = QUIET_S + 0.1
+    assert not heap.tidy()  # the pause counts from the last work
+    now[0] = 2 * QUIET_S
+    assert heap.tidy() and not heap.tidy() and given == [2 * QUIET_S]
+
+
+_THREADS = """
+import re, sys, threading
+from duomo.engine.heap import few_arenas, give_back_free_pages
+sys.argv[1] == "ours" and few_arenas()
+
+def dirty():
+    text = open("/proc/self/smaps_rollup").read()
+    return int(re.search(r"Private_Dirty: +(\\d+)", text)[1])
+
+before = dirty()
+gate = threading.Barrier(12)
+def work():
+    kept = []
+    for _ in range(6):
+        gate.wait()
+        pieces = [bytes(5000) for _ in range(1000)]  # too long for Python's own arenas
+        kept += pieces[::100]
+        del pieces
+    gate.wait()
+threads = [threading.Thread(target=work) for _ in range(12)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+sys.argv[1] == "ours" and give_back_free_pages()
+print(dirty() - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+def test_threads_leave_little_behind():
+    def grown_kib(whose: str) -> int:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", _THREADS, whose]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    assert grown_kib("ours") < 0.5 * grown_kib("plain")
