@@ -154,7 +154,7 @@ class Soak:
         await asyncio.gather(*(keep_on() for _ in range(clients)))
 
     async def left_alone(self, pid: int) -> State:
-        """The state after a pause, with a decoder that has worked: a wrong picture ends it, and the next is new."""
+        """The state after a pause; a decoder has worked, which a wrong picture would have ended."""
         await self.do(self.picture)
         await asyncio.sleep(_SETTLE_S)
         return await self.state(pid)
@@ -251,7 +251,8 @@ async def soak(url: str, pid: int, clients: int, minutes: float, seed: int) -> d
         "failures": work.failures[:20], "num_failures": len(work.failures), "answers_5xx": five,
         "before": _told(before), "after": _told(after), "most": _most(seen),
         "every_half_minute": [
-            {"at_s": at, "memory_mib": one.memory_mib, "caches_mib": one.caches_mib} for at, one in timeline[::6]
+            {"at_s": at, "memory_mib": one.memory_mib, "caches_mib": one.caches_mib}
+            for at, one in timeline[::6]
         ],
     }  # fmt: skip
 
