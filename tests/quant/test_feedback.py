@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duomo.errors import ConfigError
-from duomo.quant.feedback import column_order, feed_back, inverse_factor, output_error, quantize_matrices
+from duomo.quant.feedback import (
+    column_order,
+    feed_back,
+    inverse_factor,
+    output_error,
+    quantize_bank,
+    quantize_matrices,
+)
 from duomo.quant.hessian import Gram, damp, rotate, rotate_hessian, shrink, shrinkage
 from duomo.trellis import LCC2_10, encode_matrix, hadamard
 
@@ -68,6 +75,18 @@ def test_feedback_beats_rounding_on_unseen_inputs():
         ours = output_error(weight, torch.from_numpy(tensor.decode()), judge)
         theirs = output_error(weight, torch.from_numpy(plain.decode()), judge)
         assert ours < 0.7 * theirs
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_bank_is_its_experts_whatever_the_threads(count):
+    weights = torch.randn(count, 64, 64, generator=torch.Generator().manual_seed(count))
+    hessians = [x.T @ x for x in (inputs(300, 64, seed=expert) for expert in range(count))]
+    one, three = (quantize_bank(weights, hessians, LCC2_10, 3, 0.05, num_threads) for num_threads in (1, 3))
+    assert len(one) == len(three) == count
+    for weight, hessian, first, second in zip(weights, hessians, one, three, strict=True):
+        assert np.array_equal(first.codes, second.codes)
+        assert np.array_equal(first.row_scale, second.row_scale)
+        assert output_error(weight, torch.from_numpy(first.decode()), hessian) < 0.08
 
 
 def test_without_feedback_it_is_plain_rounding_with_fitted_scales():

@@ -72,8 +72,8 @@ def measure(prompts: int, judged: int, damping: float, cache: Path) -> dict[str,
     for title, (method, hessians) in variants.items():
         for name, weights in kept.items():
             home, _, part = name.rpartition(".")
-            for expert, hessian in enumerate(hessians(recorder.banks[home][0], part)):
-                model.get_parameter(name).data[expert] = method(weights[expert].clone(), hessian)
+            moments = torch.stack(hessians(recorder.banks[home][0], part))
+            model.get_parameter(name).data.copy_(method(weights, moments))
         pairs = [compare_logits(a, b) for a, b in zip(reference, logits(model, held), strict=True)]
         rows[title] = summarize(torch.cat([kl for kl, _ in pairs]), torch.cat([same for _, same in pairs]))
         print(

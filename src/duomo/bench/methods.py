@@ -1,17 +1,18 @@
-"""Ways to quantize one matrix, all with one signature, so that a study can put them side by side.
+"""Ways to quantize matrices, all with one signature, so that a study can put them side by side.
 
-Each takes a weight [N, K] and the second moments of its inputs [K, K] and returns the decoded weight.
+Each takes weights [E, N, K] and the second moments of their inputs [E, K, K] and returns the decoded weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from duomo.bench.ggml import Ggml
-from duomo.quant.feedback import feed_back, fit_scales, inverse_factor, quantize_matrices
+from duomo.quant.feedback import feed_back, fit_scales, inverse_factor, quantize_bank
 from duomo.quant.hessian import damp, rotate, rotate_hessian
 from duomo.trellis import LCC2_10, LCC2_12, LCC2_14
 from duomo.trellis.code import TrellisCode
@@ -24,9 +25,9 @@ LLOYD_MAX = (-1.5104, -0.4528, 0.4528, 1.5104)
 def trellis(code: TrellisCode, damping: float, has_feedback: bool = True, seed: int | None = 5) -> Method:
     """Ours; seed None leaves the inputs unrotated."""
 
-    def method(weight: Tensor, hessian: Tensor) -> Tensor:
-        own = quantize_matrices(weight[None], hessian[None], code, seed, damping, 2, has_feedback)
-        return torch.from_numpy(own[0].decode())
+    def method(weights: Tensor, hessians: Tensor) -> Tensor:
+        own = quantize_bank(weights, list(hessians), code, seed, damping, 1, has_feedback)
+        return torch.stack([torch.from_numpy(tensor.decode()) for tensor in own])
 
     return method
 
@@ -38,13 +39,11 @@ def scalar(damping: float, has_feedback: bool = True, seed: int | None = 5) -> M
     """
     levels = torch.tensor(LLOYD_MAX)
 
-    def method(weight: Tensor, hessian: Tensor) -> Tensor:
-        source = rotate(weight, seed)[None].contiguous()
+    def method(weights: Tensor, hessians: Tensor) -> Tensor:
+        source, hessians = rotate(weights, seed).contiguous(), rotate_hessian(hessians, seed)
         scale = source.square().mean(-1, keepdim=True).sqrt()
-        turned_hessian = rotate_hessian(hessian, seed)[None]
-        upper = inverse_factor(turned_hessian, damping)
-        if not has_feedback:
-            upper = torch.eye(weight.shape[1])[None]
+        columns = weights.shape[-1]
+        upper = inverse_factor(hessians, damping) if has_feedback else torch.eye(columns).expand_as(hessians)
 
         def nearest(first: int, last: int, targets: Tensor) -> Tensor:
             return levels[((targets / scale)[..., None] - levels).abs().argmin(-1)] * scale
@@ -52,10 +51,9 @@ def scalar(damping: float, has_feedback: bool = True, seed: int | None = 5) -> M
         for _ in range(2):
             rounded = source.clone()
             feed_back(rounded, upper, 1, nearest)
-            fitted = fit_scales(source, rounded / scale, damp(turned_hessian, damping), 1.0)[..., None]
+            fitted = fit_scales(source, rounded / scale, damp(hessians, damping), 1.0)[..., None]
             found, scale = rounded / scale * fitted, fitted
-        signs_back = rotate(torch.eye(weight.shape[1]), seed)
-        return found[0] @ signs_back.T
+        return found @ rotate(torch.eye(columns), seed).T
 
     return method
 
@@ -63,8 +61,10 @@ def scalar(damping: float, has_feedback: bool = True, seed: int | None = 5) -> M
 def ggml(library: Ggml, kind: str) -> Method:
     """ggml's own quantizer with the diagonal of the second moments as its importance matrix."""
 
-    def method(weight: Tensor, hessian: Tensor) -> Tensor:
-        return torch.from_numpy(library.round_trip(weight.numpy(), kind, hessian.diagonal().numpy()))
+    def method(weights: Tensor, hessians: Tensor) -> Tensor:
+        pairs = zip(weights, hessians, strict=True)
+        opened = [library.round_trip(w.numpy(), kind, h.diagonal().numpy()) for w, h in pairs]
+        return torch.from_numpy(np.stack(opened))
 
     return method
 

@@ -47,7 +47,8 @@ def measure_down(given: argparse.Namespace) -> None:
     judge = Judge(model, "dense", windows("foldoc", given.judged_tokens), given.json)
     prompts = windows("handbook", given.calibration_tokens)
     hessians = kept("dense-down", prompts, lambda: second_moments(model, prompts, DOWN))
-    weights = {name: model.get_parameter(f"{name}.weight").clone() for name in hessians}
+    weights = torch.stack([model.get_parameter(f"{name}.weight") for name in hessians])
+    moments = torch.stack(list(hessians.values()))
     methods = {"LCC2 L=12": (OURS, trellis(LCC2_12, given.damping))}
     if given.wheel:
         library = Ggml(given.wheel)
@@ -56,8 +57,8 @@ def measure_down(given: argparse.Namespace) -> None:
     methods["L=12, damping 0.01"] = (OURS, trellis(LCC2_12, 0.01))
 
     def build(method: Method) -> Ernie:
-        for name, weight in weights.items():
-            model.get_parameter(f"{name}.weight").data.copy_(method(weight, hessians[name]))
+        for name, decoded in zip(hessians, method(weights, moments), strict=True):
+            model.get_parameter(f"{name}.weight").data.copy_(decoded)
         return model
 
     for title, (bits, method) in methods.items():
@@ -115,8 +116,7 @@ def _one_pass(hessians: Mapping[str, Tensor], method: Method) -> Ernie:
     for name, matrices in hessians.items():
         parameter = other.get_parameter(name).data
         weights = parameter if parameter.dim() == 3 else parameter[None]
-        for weight, hessian in zip(weights, matrices, strict=True):
-            weight.copy_(method(weight.clone(), hessian))
+        weights.copy_(method(weights.clone(), matrices))
     return other
 
 

@@ -13,7 +13,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
+import torch
 
 from duomo.bench.judged import Judge, kept, second_moments, windows
 from duomo.bench.methods import trellis
@@ -48,14 +48,14 @@ def main() -> None:
     judge = Judge(model, "dense", judging, given.json)
     fitted = kept("dense-down", fitting, lambda: second_moments(model, fitting, DOWN))
     unseen = kept("dense-down", judging, lambda: second_moments(model, judging, DOWN))
-    weights: dict[str, Tensor] = {name: model.get_parameter(f"{name}.weight").clone() for name in fitted}
+    weights = torch.stack([model.get_parameter(f"{name}.weight") for name in fitted])
+    moments = torch.stack(list(fitted.values()))
     errors: list[float] = []
 
     def build(name: str, seed: int) -> Ernie:
         method = trellis(TABLES[name], given.damping, seed=seed)
         errors.clear()
-        for home, weight in weights.items():
-            decoded = method(weight, fitted[home])
+        for home, weight, decoded in zip(fitted, weights, method(weights, moments), strict=True):
             errors.append(output_error(weight, decoded, unseen[home]))
             model.get_parameter(f"{home}.weight").data.copy_(decoded)
         return model

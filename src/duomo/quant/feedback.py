@@ -8,7 +8,8 @@ knowing: blocks of 4 are as good as exact and 2-5 % better than 16, which is why
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from duomo.trellis.tensor import TrellisTensor, decode_streams
 
 Round = Callable[[int, int, Tensor], Tensor]
 """(first column, last column + 1, targets [E, N, B]) -> their rounded values."""
+
+AT_ONCE = 2
+"""Experts encoded side by side: their 16 streams each fill the encoder's 32 lanes."""
 
 LAZY_COLUMNS = 128
 """Columns whose feedback to the far ones is applied in one product."""
@@ -107,6 +111,42 @@ def quantize_matrices(
         )
         for expert in range(num_experts)
     ]
+
+
+def quantize_bank(
+    weights_ENK: Tensor,
+    hessians: Sequence[Tensor],
+    code: TrellisCode,
+    seed: int | None,
+    damping: float,
+    num_threads: int = 1,
+    has_feedback: bool = True,
+    sweeps: int = 2,
+) -> list[TrellisTensor]:
+    """`quantize_matrices` of many experts, a few at a time on each thread.
+
+    Faster than threads within one call: nearly everything between two encodings is too small to be shared.
+    A bank's result does not depend on the number of threads.
+    """
+    if len(weights_ENK) == 1:
+        (hessian,) = hessians
+        return quantize_matrices(
+            weights_ENK, hessian[None], code, seed, damping, num_threads, has_feedback, sweeps
+        )
+
+    def some(first: int) -> list[TrellisTensor]:
+        own = slice(first, first + AT_ONCE)
+        stacked = torch.stack(list(hessians[own]))
+        return quantize_matrices(weights_ENK[own], stacked, code, seed, damping, 1, has_feedback, sweeps)
+
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(num_threads) as pool:
+            groups = list(pool.map(some, range(0, len(weights_ENK), AT_ONCE)))
+    finally:
+        torch.set_num_threads(torch_threads)
+    return [tensor for group in groups for tensor in group]
 
 
 def _sweep(

@@ -20,7 +20,7 @@ from duomo.model import Ernie
 from duomo.model.decoder import DecoderLayer
 from duomo.model.experts import ExpertBank
 from duomo.quant.calibration import BankGrams, CalibrationBatch, Recorder
-from duomo.quant.feedback import output_error, quantize_matrices
+from duomo.quant.feedback import output_error, quantize_bank, quantize_matrices
 from duomo.quant.hessian import Gram, shrink
 from duomo.quant.plan import BitPlan, Kind
 from duomo.trellis.code import TrellisCode
@@ -28,7 +28,6 @@ from duomo.trellis.integer import encode_int
 from duomo.trellis.tensor import TrellisBank, TrellisTensor
 
 DAMPINGS = (0.03, 0.1, 0.3)
-EXPERTS_AT_ONCE = 4
 TRIAL_EXPERTS = 2
 _INPUTS = {
     "attention.q": "attention", "attention.k": "attention", "attention.v": "attention",
@@ -172,18 +171,10 @@ class LayerQuantizer:
     def _encode(
         self, weights: Tensor, fitted: Sequence[Tensor], held: Sequence[Tensor], code: TrellisCode, seed: int
     ) -> tuple[list[TrellisTensor], float | None]:
-        num, columns = weights.shape[0], weights.shape[-1]
-        damping = self._choose_damping(weights, fitted, held, code, seed) if fitted else None
-        tensors: list[TrellisTensor] = []
-        for start in range(0, num, EXPERTS_AT_ONCE):
-            own = slice(start, start + EXPERTS_AT_ONCE)
-            hessians = torch.stack(list(fitted[own])) if fitted else torch.eye(columns).expand(
-                weights[own].shape[0], -1, -1
-            )  # fmt: skip
-            tensors += quantize_matrices(
-                weights[own], hessians, code, seed, damping or 0.0, self.num_threads, bool(fitted)
-            )
-        return tensors, damping
+        damping = self._choose_damping(weights, fitted, held, code, seed) if fitted else 0.0
+        hessians = fitted or [torch.eye(weights.shape[-1])] * len(weights)
+        tensors = quantize_bank(weights, hessians, code, seed, damping, self.num_threads, bool(fitted))
+        return tensors, damping if fitted else None
 
     def _choose_damping(
         self, weights: Tensor, fitted: Sequence[Tensor], held: Sequence[Tensor], code: TrellisCode, seed: int
