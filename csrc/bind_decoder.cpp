@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "bind.hpp"
@@ -14,27 +15,34 @@ namespace {
 
 using namespace duomo;
 
-// A plain matrix [N, K] or bank [E, N, K], and a bias [N] or none.
+// A plain matrix [N, K] or bank [E, N, K], and a bias [N] or none; borrowed, or copied into panels.
 struct Dense {
     Array<float> weight;
     std::optional<Array<float>> bias;
+    std::vector<uint32_t> pairs;
     DenseBank bank;
 };
 
-void make_dense(Dense* self, Array<float> weight, std::optional<Array<float>> bias) {
+void make_dense(Dense* self, Array<float> weight, std::optional<Array<float>> bias, int form) {
     const size_t ndim = weight.ndim();
     if (ndim != 2 && ndim != 3) throw nb::value_error("a matrix [N, K], or a bank [E, N, K]");
-    const DenseBank bank = {weight.data(), bias ? bias->data() : nullptr, ndim == 3 ? int64_t(weight.shape(0)) : 1,
-                            int64_t(weight.shape(ndim - 2)), int64_t(weight.shape(ndim - 1))};
+    if (form < 0 || form > 2) throw nb::value_error("a form is 0, 1 or 2");
+    DenseBank bank = {weight.data(), nullptr, bias ? bias->data() : nullptr, ndim == 3 ? int64_t(weight.shape(0)) : 1,
+                      int64_t(weight.shape(ndim - 2)), int64_t(weight.shape(ndim - 1)), DenseForm(form)};
     if (bias && (ndim == 3 || int64_t(bias->size()) != bank.rows)) throw nb::value_error("a bias is [N]");
-    new (self) Dense{weight, bias, bank};
+    auto* own = new (self) Dense{weight, bias, {}, bank};
+    if (bank.form == DenseForm::borrowed) return;
+    own->pairs.resize(size_t(bank.count * DenseBank::num_pairs(bank.rows, bank.columns)));
+    pack_panels(bank.weight, bank.count, bank.rows, bank.columns, own->pairs.data());
+    own->bank.pairs = own->pairs.data();
+    own->bank.weight = nullptr;
+    own->weight = {};
 }
 
-// Addresses of weight[N][K], bias[N] or 0, x[T][K] and y[T][N].
-void dense_linear(Address weight, Address bias, int64_t rows, int64_t columns, Address x, int64_t tokens, Address y) {
+// x[T][K] times a single matrix into y[T][N].
+void dense_linear(const Dense& self, Address x, int64_t tokens, Address y) {
     nb::gil_scoped_release release;
-    const DenseProduct product = {at<float>(weight), at<float>(bias), at<float>(x), nullptr,
-                                  at<float>(y),      rows,            columns,      tokens};
+    const DenseProduct product = product_of(self.bank, 0, at<float>(x), nullptr, tokens, at<float>(y));
     multiply_each(&product, 1);
 }
 
@@ -113,9 +121,22 @@ void add_layer(Decoder<Stored>& self, nb::tuple norms, nb::tuple attention, nb::
     self.stack.layers.push_back(layer);
 }
 
-// Shapes and page numbers are checked by duomo.kernels.cpu.decoder.
+bool are_within(const int64_t* x, int64_t count, int64_t low, int64_t high) {
+    return std::all_of(x, x + count, [=](int64_t value) { return low <= value && value < high; });
+}
+
+// Every row, slot, sequence, length and page lies inside what it points into.
+bool fits(const StepTokens& step, const PagedStore& store, int64_t sequences) {
+    return are_within(step.slots, step.tokens, 0, store.slots) && are_within(step.sequence, step.tokens, 0, sequences) &&
+           are_within(step.num_keys, step.tokens, 1, step.table_width * store.page_size + 1) &&
+           are_within(step.pages, sequences * step.table_width, 0, store.slots / store.page_size) &&
+           are_within(step.text_rows, step.num_text, 0, step.tokens) &&
+           are_within(step.vision_rows, step.num_vision, 0, step.tokens);
+}
+
+// Shapes are checked by duomo.kernels.cpu.decoder. False, and nothing done, where a number lies outside.
 template <class Kind>
-void run(const Decoder<Kind>& self, Address hidden, Address out, int64_t tokens, nb::tuple angles, nb::tuple store,
+bool run(const Decoder<Kind>& self, Address hidden, Address out, int64_t tokens, nb::tuple angles, nb::tuple store,
          nb::tuple table, nb::tuple rows, Address expert_ids) {
     const auto address = [](nb::handle item) { return nb::cast<Address>(item); };
     const auto number = [](nb::handle item) { return nb::cast<int64_t>(item); };
@@ -127,16 +148,18 @@ void run(const Decoder<Kind>& self, Address hidden, Address out, int64_t tokens,
                              at<float>(address(angles[1])),
                              at<int64_t>(address(table[0])),
                              at<int64_t>(address(table[1])),
-                             number(table[2]),
-                             at<int64_t>(address(table[3])),
+                             number(table[3]),
                              at<int64_t>(address(table[4])),
+                             at<int64_t>(address(table[5])),
                              at<int64_t>(address(rows[0])),
                              at<int64_t>(address(rows[1])),
                              number(rows[2]),
                              number(rows[3]),
                              at<int64_t>(expert_ids)};
+    if (!fits(step, paged, number(table[2]))) return false;
     nb::gil_scoped_release release;
     run_decoder(self.stack, paged, step, at<float>(hidden), at<float>(out));
+    return true;
 }
 
 template <class Stored>
@@ -152,9 +175,9 @@ void bind_one(nb::module_& m, const char* name, const char* text) {
 }  // namespace
 
 void bind_decoder(nb::module_& m) {
-    nb::class_<Dense>(m, "Dense", "A plain fp32 matrix, or a bank of them.")
-        .def("__init__", &make_dense, nb::arg("weight"), nb::arg("bias").none());
-    m.def("dense_linear", &dense_linear);
+    nb::class_<Dense>(m, "Dense", "A plain matrix, or a bank of them.")
+        .def("__init__", &make_dense, nb::arg("weight"), nb::arg("bias").none(), nb::arg("form"))
+        .def("linear", &dense_linear, nb::arg("x"), nb::arg("tokens"), nb::arg("y"));
     bind_one<Trellis>(m, "Decoder", "All layers of a packed decoder as one call.");
     bind_one<Dense>(m, "DenseDecoder", "All layers of a plain decoder as one call.");
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "bfloat16.hpp"
 #include "pool.hpp"
 #include "rotate.hpp"
 
@@ -23,13 +24,6 @@ template <class T>
 T* grown(std::vector<T>& memory, int64_t count) {
     if (int64_t(memory.size()) < count) memory.resize(size_t(count));
     return memory.data();
-}
-
-uint16_t to_bfloat16(float x) {  // to nearest even; a NaN stays one
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if (x != x) return 0x7FC0;
-    return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
 // One head of one token into its slot, as the cache keeps it.

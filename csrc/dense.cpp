@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "bfloat16.hpp"
 #include "cpu.hpp"
 #include "pairs.hpp"
 #include "pool.hpp"
@@ -30,14 +31,13 @@ using Products = std::vector<DenseProduct>;
 void add_each(Products& products, const DenseBank& bank, const Pairs& pairs, const float* x, bool is_sorted, float* y) {
     for (size_t i = 0; i < pairs.active.size(); ++i) {
         const int64_t begin = pairs.begin[i], count = pairs.begin[i + 1] - begin;
-        products.push_back({bank.weight + pairs.active[i] * bank.rows * bank.columns, nullptr,
-                            is_sorted ? x + begin * bank.columns : x, is_sorted ? nullptr : pairs.token.data() + begin,
-                            y + begin * bank.rows, bank.rows, bank.columns, count});
+        products.push_back(product_of(bank, pairs.active[i], is_sorted ? x + begin * bank.columns : x,
+                                      is_sorted ? nullptr : pairs.token.data() + begin, count, y + begin * bank.rows));
     }
 }
 
 DenseProduct product(const DenseBank& bank, const float* x, int64_t tokens, float* y) {
-    return {bank.weight, bank.bias, x, nullptr, y, bank.rows, bank.columns, tokens};
+    return product_of(bank, 0, x, nullptr, tokens, y);
 }
 
 // silu(gate) * up of `count` rows: gate rows are `stride` apart, up rows `gap` after them.
@@ -60,6 +60,19 @@ const DenseKernels& dense_kernels() {
     }
 }
 
+void pack_panels(const float* weight, int64_t count, int64_t rows, int64_t columns, uint32_t* pairs) {
+    for (int64_t e = 0; e < count; ++e)
+        for (int64_t first = 0; first < rows; first += kPanelLanes)
+            for (int64_t k = 0; k < columns; k += 2)
+                for (int64_t lane = 0; lane < kPanelLanes; ++lane) {
+                    const float* w = weight + (e * rows + first + lane) * columns + k;
+                    const bool is_row = first + lane < rows;
+                    const uint32_t even = is_row ? to_bfloat16(w[0]) : 0;
+                    const uint32_t odd = is_row && k + 1 < columns ? to_bfloat16(w[1]) : 0;
+                    *pairs++ = odd << 16 | even;
+                }
+}
+
 void multiply_each(const DenseProduct* products, int64_t count) {
     static thread_local std::vector<int64_t> begins;  // the first item of each product
     begins.clear();
@@ -70,12 +83,13 @@ void multiply_each(const DenseProduct* products, int64_t count) {
         items += row_items(i) * ((products[i].tokens + kItemTokens - 1) / kItemTokens);
     }
     const std::vector<int64_t>& begin = begins;
-    const auto multiply = dense_kernels().multiply;
+    const DenseKernels& kernels = dense_kernels();
     parallel(items, [&](int64_t item) {
         const int64_t i = std::upper_bound(begin.begin(), begin.end(), item) - begin.begin() - 1;
         const DenseProduct& own = products[i];
         const int64_t row = (item - begin[size_t(i)]) % row_items(i) * kItemRows;
         const int64_t token = (item - begin[size_t(i)]) / row_items(i) * kItemTokens;
+        const auto multiply = own.form == DenseForm::borrowed ? kernels.multiply : kernels.multiply_panels;
         multiply(own, row, std::min(own.rows, row + kItemRows), token, std::min(own.tokens, token + kItemTokens));
     });
 }

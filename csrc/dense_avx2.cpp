@@ -4,7 +4,7 @@
 #include "dense_lanes.hpp"
 
 namespace {
-constexpr duomo::DenseKernels kernels = {multiply};
+constexpr duomo::DenseKernels kernels = {multiply, multiply_panels};
 }
 const duomo::DenseKernels* const duomo::dense_avx2 = &kernels;
 #else

@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
+
+#include "bfloat16.hpp"
 
 namespace {
 
@@ -11,9 +14,11 @@ using duomo::DenseProduct;
 
 typedef float F32x16 __attribute__((vector_size(64)));
 typedef int32_t I32x16 __attribute__((vector_size(64)));
+typedef uint32_t U32x16 __attribute__((vector_size(64)));
 
 constexpr int kSums = DUOMO_DENSE_SUMS;
 constexpr int kLanes = 16;
+constexpr int kWide = kSums / 4;  // panels of a tile
 constexpr I32x16 kIndex = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 inline F32x16 load(const float* p) {
@@ -117,6 +122,85 @@ void multiply(const DenseProduct& p, int64_t first, int64_t last, int64_t begin,
         t += 2;
     }
     if (t < end) multiply_rows<1>(p, first, last, t);
+}
+
+// ---- panels ----
+
+template <int P, int T>
+inline void store_panels(const DenseProduct& p, int64_t row, int64_t t, const F32x16* sums) {
+    for (int i = 0; i < P; ++i, row += kLanes) {
+        const int64_t count = std::min<int64_t>(kLanes, p.rows - row);
+        const F32x16 bias = p.bias ? load_part(p.bias + row, count) : F32x16{};
+        for (int j = 0; j < T; ++j) {
+            const F32x16 all = p.bias ? sums[j * P + i] + bias : sums[j * P + i];
+            std::memcpy(p.y + (t + j) * p.rows + row, &all, size_t(count) * 4);
+        }
+    }
+}
+
+// Lanes of bf16 pairs as fp32: the odd columns, and the even ones.
+inline F32x16 odd_of(U32x16 pairs) { return F32x16(pairs & 0xFFFF0000u); }
+inline F32x16 even_of(U32x16 pairs) { return F32x16(pairs << 16); }
+
+// P panels from row `row` by the T tokens whose rows of x are given.
+template <int P, int T>
+inline void panel_tile(const DenseProduct& p, int64_t row, const float* const* x, int64_t t) {
+    const int64_t num_pairs = (p.columns + 1) / 2, whole = p.columns / 2, stride = num_pairs * kLanes;
+    const uint32_t* w = p.pairs + row * num_pairs;
+    F32x16 sums[P * T] = {};
+    for (int64_t k = 0; k < whole; ++k, w += kLanes) {
+        F32x16 odd[P], even[P];
+#pragma GCC unroll 4
+        for (int i = 0; i < P; ++i) {
+            U32x16 pairs;
+            std::memcpy(&pairs, w + i * stride, sizeof pairs);
+            odd[i] = odd_of(pairs), even[i] = even_of(pairs);
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < T; ++j) {
+            const float x_odd = x[j][2 * k + 1], x_even = x[j][2 * k];
+#pragma GCC unroll 4
+            for (int i = 0; i < P; ++i) sums[j * P + i] = (sums[j * P + i] + odd[i] * x_odd) + even[i] * x_even;
+        }
+    }
+    if (whole < num_pairs)
+        for (int i = 0; i < P; ++i) {
+            U32x16 pairs;
+            std::memcpy(&pairs, w + i * stride, sizeof pairs);
+            for (int j = 0; j < T; ++j) sums[j * P + i] += even_of(pairs) * x[j][p.columns - 1];
+        }
+    store_panels<P, T>(p, row, t, sums);
+}
+
+template <int T>
+inline void panel_rows(const DenseProduct& p, int64_t first, int64_t last, const float* const* x, int64_t t) {
+    int64_t row = first;
+    for (; row + kWide * kLanes <= last; row += kWide * kLanes) panel_tile<kWide, T>(p, row, x, t);
+    for (; row < last; row += kLanes) panel_tile<1, T>(p, row, x, t);
+}
+
+[[maybe_unused]] void multiply_panels(const DenseProduct& p, int64_t first, int64_t last, int64_t begin, int64_t end) {
+    static thread_local std::vector<float> memory;
+    const bool is_rounded = p.form == duomo::DenseForm::rounded;
+    if (is_rounded && int64_t(memory.size()) < 4 * p.columns) memory.resize(size_t(4 * p.columns));
+    for (int64_t t = begin; t < end;) {
+        const int count = end - t >= 4 ? 4 : end - t >= 2 ? 2 : 1;
+        const float* x[4];
+        for (int i = 0; i < count; ++i) {
+            x[i] = token(p, t + i);
+            if (!is_rounded) continue;
+            float* rounded = memory.data() + i * p.columns;
+            for (int64_t k = 0; k < p.columns; ++k) {
+                const uint32_t bits = uint32_t(duomo::to_bfloat16(x[i][k])) << 16;
+                std::memcpy(rounded + k, &bits, 4);
+            }
+            x[i] = rounded;
+        }
+        if (count == 4) panel_rows<4>(p, first, last, x, t);
+        else if (count == 2) panel_rows<2>(p, first, last, x, t);
+        else panel_rows<1>(p, first, last, x, t);
+        t += count;
+    }
 }
 
 }  // namespace

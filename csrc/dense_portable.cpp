@@ -2,4 +2,4 @@
 #define DUOMO_DENSE_SUMS 4
 #include "dense_lanes.hpp"
 
-const duomo::DenseKernels duomo::dense_portable = {multiply};
+const duomo::DenseKernels duomo::dense_portable = {multiply, multiply_panels};

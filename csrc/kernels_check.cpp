@@ -68,26 +68,33 @@ struct Results {
 // Plain matrices whose memory ends where they end.
 struct OwnedDense {
     std::unique_ptr<float[]> weight, bias;
+    std::unique_ptr<uint32_t[]> pairs;
     DenseBank bank;
 };
 
-OwnedDense random_dense(int64_t count, int64_t rows, int64_t columns, bool has_bias) {
+OwnedDense random_dense(int64_t count, int64_t rows, int64_t columns, bool has_bias, DenseForm form) {
     const auto own = [](int64_t size) {
         auto x = std::make_unique<float[]>(size_t(size));
         const auto values = random_rows(size);
         std::memcpy(x.get(), values.data(), size_t(size) * sizeof(float));
         return x;
     };
-    OwnedDense dense = {own(count * rows * columns), has_bias ? own(rows) : nullptr, {}};
-    dense.bank = {dense.weight.get(), dense.bias.get(), count, rows, columns};
+    OwnedDense dense = {own(count * rows * columns), has_bias ? own(rows) : nullptr, nullptr, {}};
+    dense.bank = {dense.weight.get(), nullptr, dense.bias.get(), count, rows, columns, form};
+    if (form != DenseForm::borrowed) {
+        dense.pairs = std::make_unique<uint32_t[]>(size_t(count * DenseBank::num_pairs(rows, columns)));
+        pack_panels(dense.weight.get(), count, rows, columns, dense.pairs.get());
+        dense.bank.weight = nullptr;
+        dense.bank.pairs = dense.pairs.get();
+    }
     return dense;
 }
 
-void run_dense(Results& results) {
+void run_dense(DenseForm form, Results& results) {
     for (int64_t rows : {1, 7, 16, 77, 130})
         for (int64_t columns : {5, 16, 75, 192})
             for (int64_t tokens : {0, 1, 2, 3, 7, 41}) {
-                const OwnedDense own = random_dense(1, rows, columns, tokens & 1);
+                const OwnedDense own = random_dense(1, rows, columns, tokens & 1, form);
                 const auto x = random_rows(tokens * columns);
                 std::vector<float> y(size_t(tokens * rows));
                 const DenseBank* bank = &own.bank;
@@ -95,9 +102,9 @@ void run_dense(Results& results) {
                 linear_shared(&bank, 1, x.data(), tokens, &out);
                 results.add(y);
             }
-    const OwnedDense gate_up = random_dense(3, 40, 48, false), down = random_dense(3, 48, 20, false);
-    const OwnedDense gate = random_dense(1, 24, 48, true), up = random_dense(1, 24, 48, true),
-                     last = random_dense(1, 48, 24, true);
+    const OwnedDense gate_up = random_dense(3, 40, 48, false, form), down = random_dense(3, 48, 20, false, form);
+    const OwnedDense gate = random_dense(1, 24, 48, true, form), up = random_dense(1, 24, 48, true, form),
+                     last = random_dense(1, 48, 24, true, form);
     const Mlp<DenseBank> mlp = {&gate.bank, &up.bank, &last.bank};
     for (int64_t tokens : {0, 1, 9}) {
         std::vector<int64_t> ids;
@@ -116,7 +123,7 @@ Results run_all(const char* isa) {
     set_isa(isa);
     state = 1;
     Results results;
-    run_dense(results);
+    for (DenseForm form : {DenseForm::borrowed, DenseForm::panels, DenseForm::rounded}) run_dense(form, results);
     for (int bits : {2, 4})
         for (int window = bits == 2 ? 6 : 8; window <= 16; window += bits)
             for (int levels : {64, 128})

@@ -1,4 +1,7 @@
-"""Greedy and seeded answers are the same bits whatever the engine does: batch, chunk, cache, preemption."""
+"""Greedy and seeded answers are the same bits whatever the engine does: batch, chunk, cache, preemption.
+
+Over fp32 weights where they lie, and over bf16 panels with rounded activations, the embedded model's way.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 
 from duomo.engine.request import Request, SamplingParams
+from duomo.kernels import DenseForm
 from duomo.model import build_batch
 from duomo.model.attention import PackedCausal
 from tests.engine.worlds import GREEDY, MODEL, answers, engine, picture_request, text_request
@@ -26,46 +30,61 @@ def alone(requests: list[Request], **options: object) -> dict[str, list[int]]:
     return {r.request_id: answers(engine(**options), [r])[r.request_id] for r in requests}
 
 
+@pytest.fixture(
+    scope="module", params=[DenseForm.BORROWED, DenseForm.ROUNDED], ids=lambda form: form.name.lower()
+)
+def form(request: pytest.FixtureRequest) -> DenseForm:
+    return DenseForm(request.param)
+
+
 @pytest.fixture(scope="module")
-def expected() -> dict[str, list[int]]:
-    return alone(mixed(), has_prefix_cache=False)
+def expected(form: DenseForm) -> dict[str, list[int]]:
+    return alone(mixed(), form=form, has_prefix_cache=False)
 
 
-def test_the_engine_agrees_with_the_plain_model(expected: dict[str, list[int]]) -> None:
+def test_the_engine_agrees_with_the_plain_model() -> None:
     request = text_request("r1", 1, 12)
     ids = list(request.ids)
     with torch.inference_mode():
         for _ in range(8):
             hidden = MODEL(build_batch([ids], MODEL.config), PackedCausal())
             ids.append(int(MODEL.unembed(hidden)[-1].argmax()))
-    assert expected["r1"][:8] == ids[12:]
+    assert answers(engine(), [request])["r1"][:8] == ids[12:]
 
 
-def test_batch_of_sixteen_equals_one_by_one(expected: dict[str, list[int]]) -> None:
-    assert answers(engine(num_pages=512), mixed()) == expected
+def test_rounded_products_are_in_use() -> None:
+    own = engine(form=DenseForm.ROUNDED)
+    decoder = own.runner.model.decoder  # type: ignore[attr-defined]
+    assert decoder.form is DenseForm.ROUNDED and own.runner.model.embed.panels is not None  # type: ignore[attr-defined]
+    answers(own, [text_request("r1", 1, 12)])
+    assert decoder._fused is not None
+
+
+def test_batch_of_sixteen_equals_one_by_one(expected: dict[str, list[int]], form: DenseForm) -> None:
+    assert answers(engine(form=form, num_pages=512), mixed()) == expected
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 37])
-def test_chunked_prefill_changes_nothing(expected: dict[str, list[int]], chunk: int) -> None:
-    assert answers(engine(num_pages=512, max_step_tokens=chunk), mixed()) == expected
+def test_chunked_prefill_changes_nothing(expected: dict[str, list[int]], form: DenseForm, chunk: int) -> None:
+    assert answers(engine(form=form, num_pages=512, max_step_tokens=chunk), mixed()) == expected
 
 
-def test_cached_equals_uncached(expected: dict[str, list[int]]) -> None:
-    own = engine(num_pages=512)
+def test_cached_equals_uncached(expected: dict[str, list[int]], form: DenseForm) -> None:
+    own = engine(form=form, num_pages=512)
     answers(own, mixed())
     again = [replace(r, request_id=r.request_id + "x") for r in mixed()]
     assert answers(own, again) == {name + "x": ids for name, ids in expected.items()}
     assert own.counters.cached_tokens > 0
 
 
-def test_preempted_equals_undisturbed(expected: dict[str, list[int]]) -> None:
-    own = engine(num_pages=22)
+def test_preempted_equals_undisturbed(expected: dict[str, list[int]], form: DenseForm) -> None:
+    own = engine(form=form, num_pages=22)
     assert answers(own, mixed()) == expected
     assert own.scheduler.num_preemptions > 0
 
 
-def test_speculation_changes_nothing(expected: dict[str, list[int]]) -> None:
-    own = engine(num_pages=512, num_drafts=4)
+def test_speculation_changes_nothing(expected: dict[str, list[int]], form: DenseForm) -> None:
+    own = engine(form=form, num_pages=512, num_drafts=4)
     assert answers(own, mixed()) == expected
     assert own.counters.accepted_drafts > 0
 
@@ -77,10 +96,10 @@ def test_a_small_kv_is_as_exact_with_itself(kv_dtype: str) -> None:
     assert answers(engine(kv_dtype=kv_dtype, num_pages=24, max_step_tokens=9), requests) == expected
 
 
-def test_a_seed_gives_the_same_sample_whatever_runs_beside_it() -> None:
+def test_a_seed_gives_the_same_sample_whatever_runs_beside_it(form: DenseForm) -> None:
     params = replace(GREEDY, temperature=1.0, top_p=0.95, seed=7)
-    expected = alone(mixed(8, params))
-    own = engine(num_pages=22, max_step_tokens=21, num_drafts=3)
+    expected = alone(mixed(8, params), form=form)
+    own = engine(form=form, num_pages=22, max_step_tokens=21, num_drafts=3)
     assert answers(own, mixed(8, params)) == expected
     assert len({tuple(ids) for ids in expected.values()}) == 8
 

@@ -1,19 +1,21 @@
 """Random schedules against a shadow cache: no page lost or shared wrongly, nobody starved, answers unchanged.
 
-The shadow writes into every slot what belongs there (id, position, picture) and checks at every step that a
-request finds its whole prefix in its pages. Invariants of pool and scheduler hold after every step.
+The shadow writes into every slot what belongs there (id, position, picture, salt, adapter) and checks at
+every step that a request finds its whole prefix in its pages. Adapters are loaded anew under their names
+while requests run: each keeps the one it began with. Invariants of pool and scheduler hold after every step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from duomo.engine.adapters import Adapters
+from duomo.engine.adapters import Adapters, _Loaded
 from duomo.engine.engine import Engine, build_engine
 from duomo.engine.request import MediaBlob, Output, Request, SamplingParams
 from duomo.engine.runner import Floats
@@ -31,19 +33,44 @@ def next_id(ids: Seq[int], media: bytes) -> int:
     return 2 + total % (V - 2) if total % 17 else END
 
 
+NAMES = ("a", "b")
+
+
+def content(request: Request) -> bytes:
+    """What the answer depends on beside the ids."""
+    return b"".join(m.content_hash for m in request.media) + request.adapter.encode()
+
+
+class ShadowAdapters(Adapters):
+    """Names without weights; `load_anew` puts another adapter under a name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in NAMES:
+            self.load_anew(name)
+
+    def load_anew(self, name: str) -> None:
+        if name in self.names():
+            self.unload(name)
+        self._generation = getattr(self, "_generation", 0) + 1
+        identity = f"{name}:{self._generation}"
+        self._identity[name], self._loaded[identity] = identity, _Loaded((), False)
+
+
 class ShadowRunner:
     vocab_size = V
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.page_size = page_size
-        self.adapters = Adapters()
+        self.adapters = ShadowAdapters()
         self.slots: list[tuple[int, int, bytes] | None] = [None] * (num_pages * page_size)
         self.swapped: dict[str, list[tuple[int, int, bytes] | None]] = {}
 
     def entry(self, sequence: Sequence, ids: Seq[int], place: int) -> tuple[int, int, bytes]:
         media = sequence.request.media
         inside = [m.content_hash for m in media if m.start <= place < m.start + m.num_tokens]
-        return (ids[place], place, b"".join(inside) + sequence.request.salt.encode())
+        own = f"/{sequence.request.salt}/{sequence.request.adapter}"
+        return (ids[place], place, b"".join(inside) + own.encode())
 
     def slot(self, sequence: Sequence, place: int) -> int:
         return sequence.pages[place // self.page_size] * self.page_size + place % self.page_size
@@ -70,7 +97,11 @@ class ShadowRunner:
                 found = self.slots[self.slot(work.sequence, place)]
                 assert found == self.entry(work.sequence, ids, place), "a request reads another's keys"
             logits = np.zeros((work.count - first, V), dtype=np.float32)
-            media = b"".join(m.content_hash for m in work.sequence.request.media)
+            request = work.sequence.request
+            assert not request.adapter or request.adapter in self.adapters._loaded, (
+                "an adapter in use is gone"
+            )
+            media = content(request)
             for row in range(work.count - first):
                 logits[row, next_id(ids[: work.start + first + row + 1], media)] = 1
             pieces.append(logits)
@@ -86,7 +117,7 @@ class ShadowRunner:
 
 
 def expected(request: Request, limit: int) -> list[int]:
-    ids, media = list(request.ids), b"".join(m.content_hash for m in request.media)
+    ids, media = list(request.ids), content(request)
     most = min(request.params.max_tokens or limit, limit - len(request.ids))
     answer: list[int] = []
     while len(answer) < most and (not answer or answer[-1] != END):
@@ -109,6 +140,7 @@ def requests(draw: st.DrawFn, index: int) -> Request:
     return Request(
         f"r{index}", tuple(ids), params, media,
         priority=draw(st.integers(0, 2)), salt=draw(st.sampled_from(["", "", "s"])),
+        adapter=draw(st.sampled_from(["", "", *NAMES])),
     )  # fmt: skip
 
 
@@ -129,23 +161,29 @@ def schedules(draw: st.DrawFn) -> tuple[dict[str, int], list[tuple[str, object]]
             events.append(("cancel", f"r{draw(st.integers(0, index))}"))
         if draw(st.integers(0, 9)) == 0:
             events.append(("reset", None))
+        if draw(st.integers(0, 5)) == 0:
+            events.append(("load", draw(st.sampled_from(NAMES))))
     return options, events
 
 
 def run(schedule: tuple[dict[str, int], list[tuple[str, object]]]) -> Engine:
     options, events = schedule
-    engine = build_engine(ShadowRunner(options["num_pages"], options["page_size"]), VOCABULARY, **options)
+    runner = ShadowRunner(options["num_pages"], options["page_size"])
+    engine = build_engine(runner, VOCABULARY, **options)
     outputs: dict[str, list[Output]] = {}
     asked: dict[str, Request] = {}
     cancelled: set[str] = set()
     for kind, value in events:
         if kind == "add":
             assert isinstance(value, Request)
-            asked[value.request_id], outputs[value.request_id] = value, []
+            identity = runner.adapters._identity.get(value.adapter, "")
+            asked[value.request_id], outputs[value.request_id] = replace(value, adapter=identity), []
             engine.submit(value, outputs[value.request_id].append)
         elif kind == "cancel":
             cancelled.add(str(value))
             engine.cancel(str(value))
+        elif kind == "load":
+            runner.adapters.load_anew(str(value))
         elif kind == "reset":
             engine.reset_caches()
         else:
@@ -164,7 +202,8 @@ def run(schedule: tuple[dict[str, int], list[tuple[str, object]]]) -> Engine:
             assert answer == wanted[: len(answer)]
         else:
             assert answer == wanted
-    assert engine.scheduler.pool.num_held == 0 and not engine.runner.swapped  # type: ignore[attr-defined]
+    assert engine.scheduler.pool.num_held == 0 and not runner.swapped
+    assert len(runner.adapters._loaded) == len(NAMES) and not any(runner.adapters._users.values())
     return engine
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from duomo.engine.engine import Engine, build_engine, run_all
 from duomo.engine.request import MediaBlob, Output, Request, SamplingParams
 from duomo.engine.runner import ModelRunner
 from duomo.engine.vocabulary import Vocabulary
+from duomo.kernels import DenseForm
+from duomo.model import Ernie
 from tests.tiny import IDS, TINY, tiny_model
 
 THINK_END = 200
@@ -19,9 +22,22 @@ MODEL = tiny_model()
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, thinking="off")
 
 
-def engine(*, num_pages: int = 64, page_size: int = 8, kv_dtype: str = "float32", **options: Any) -> Engine:
+@cache
+def model_in(form: DenseForm) -> Ernie:
+    """The random model, of bf16 values where its matrices are copied into panels."""
+    return MODEL if form is DenseForm.BORROWED else tiny_model().bfloat16().float()
+
+
+def engine(
+    *,
+    num_pages: int = 64,
+    page_size: int = 8,
+    kv_dtype: str = "float32",
+    form: DenseForm = DenseForm.BORROWED,
+    **options: Any,
+) -> Engine:
     folder = options.pop("feature_folder", None)
-    runner = ModelRunner(MODEL, num_pages, page_size, kv_dtype, feature_folder=folder)
+    runner = ModelRunner(model_in(form), num_pages, page_size, kv_dtype, feature_folder=folder, form=form)
     return build_engine(runner, VOCABULARY, num_pages=num_pages, page_size=page_size, **options)
 
 

@@ -1,11 +1,14 @@
 """Positions by Baidu's rule, written out by hand from the specification, section 3.4."""
 
 from collections import namedtuple
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from duomo.model import VisionRule, build_positions, token_routes
+from duomo.model.rope import RotationTable, decoder_rotation
 from tests.tiny import TINY, TINY_TEXT
 
 Grid = namedtuple("Grid", "frames rows columns")
@@ -52,3 +55,14 @@ def test_routes_follow_the_rule(rule: str, vision_ids: set[int]) -> None:
 
 def test_a_text_model_routes_nothing_to_vision() -> None:
     assert not token_routes(np.arange(320), TINY_TEXT).any()
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_TEXT, replace(TINY, head_dim=128, rope_section=(22, 22, 20))])
+def test_a_table_of_angles_has_the_bits_of_the_formula(config) -> None:
+    table = RotationTable(config)
+    draw = np.random.default_rng(0)
+    for most, count in ((1023, 7), (1024, 1), (100_000, 513)):
+        positions = torch.from_numpy(draw.integers(0, most + 1, (3, count)))
+        positions[:, -1] = most
+        for found, wanted in zip(table.rotation(positions), decoder_rotation(positions, config), strict=True):
+            assert torch.equal(found, wanted)

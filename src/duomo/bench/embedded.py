@@ -28,7 +28,7 @@ from duomo.processing.tokenizer import Tokenizer
 from duomo.processing.video import stamp_frames
 from duomo.quant import build_plan, quantize
 from duomo.quant.plan import Kind
-from duomo.tasks import Example, Handwriting, Turn, dialogue, digits, load_handwriting, shapes
+from duomo.tasks import Example, Handwriting, Split, Turn, dialogue, digits, load_handwriting, shapes
 from duomo.tasks.families import FAMILIES
 from duomo.tasks.pools import Pools, load_pools
 from duomo.trellis import preset
@@ -38,13 +38,13 @@ _PLACE = re.compile(r"(<\|LOC_\w+\|>)")
 Draw = Callable[[np.random.Generator], Example]
 
 
-def usual(pool: Handwriting) -> list[Draw]:
+def usual(pool: Handwriting, split: Split = "train") -> list[Draw]:
     """Half digits, a quarter shapes, a quarter without a picture."""
     return [
         lambda rng: digits.generate(rng, pool),
-        lambda rng: shapes.generate(rng, "train", num_turns=1),
+        lambda rng: shapes.generate(rng, split, num_turns=1),
         lambda rng: digits.generate(rng, pool),
-        lambda rng: dialogue.generate(rng, "train"),
+        lambda rng: dialogue.generate(rng, split),
     ]
 
 

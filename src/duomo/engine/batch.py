@@ -53,48 +53,68 @@ class Track:
 def build_step_batch(
     works: Seq[Work], tracks: Seq[Track], config: ModelConfig, page_size: int, logit_starts: Seq[int]
 ) -> Batch:
-    """`logit_starts[i]`: logits of work i are wanted from this token of it on."""
+    """`logit_starts[i]`: logits of work i are wanted from this token of it on.
+
+    Rows are gathered as lists of ints: most works are one token, and an array costs more than what is in it.
+    """
     ids: list[int] = []
-    slots, positions, feature_rows, features, wanted = [], [], [], [], []
-    tables, seen = [], []
-    for work, track, wanted_from in zip(works, tracks, logit_starts, strict=True):
-        first_row, stop = len(ids), work.start + work.count
-        sequence = work.sequence
-        known = sequence.ids[work.start : stop]
+    slots: list[int] = []
+    places: tuple[list[int], list[int], list[int]] = ([], [], [])  # t, h, w
+    seen: list[int] = []
+    owner: list[int] = []
+    wanted: list[int] = []
+    feature_rows, features = [], []
+    width = max(len(work.sequence.pages) for work in works)
+    page_table = np.full((len(works), width), -1, dtype=np.int64)
+    for row, (work, track, wanted_from) in enumerate(zip(works, tracks, logit_starts, strict=True)):
+        sequence, start, count = work.sequence, work.start, work.count
+        first_row, stop = len(ids), start + count
+        known = sequence.ids[start:stop]
         ids += known
-        ids += work.drafts[: work.count - len(known)]
-        positions.append(track.slice(work.start, stop))
-        table = np.asarray(sequence.pages, dtype=np.int64) + 1  # page 0 is nobody's
-        index = np.arange(work.start, stop)
-        seen.append(index + 1)
-        slots.append(table[index // page_size] * page_size + index % page_size)
-        tables.append(table)
-        wanted.append(np.arange(first_row + wanted_from, first_row + work.count))
-        for medium_index in track.media_in(work.start, stop):
+        ids += work.drafts[: count - len(known)]
+        pages = sequence.pages
+        page_table[row, : len(pages)] = pages
+        if count == 1:
+            slots.append((pages[start // page_size] + 1) * page_size + start % page_size)
+        else:
+            slots += ((pages[i // page_size] + 1) * page_size + i % page_size for i in range(start, stop))
+        if start >= track.num_prompt:
+            first = start - track.num_prompt + track.next_position
+            for axis in places:
+                axis += range(first, first + count)
+        else:
+            for axis, own in zip(places, track.slice(start, stop).tolist(), strict=True):
+                axis += own
+        seen += range(start + 1, stop + 1)
+        owner += [row] * count
+        wanted += range(first_row + wanted_from, first_row + count)
+        for medium_index in track.media_in(start, stop):
             medium = track.media[medium_index]
-            low, high = max(work.start, medium.start), min(stop, medium.start + medium.num_tokens)
-            feature_rows.append(np.arange(low, high) - work.start + first_row)
+            low, high = max(start, medium.start), min(stop, medium.start + medium.num_tokens)
+            feature_rows.append(np.arange(low, high) - start + first_row)
             features.append(track.features[medium_index][low - medium.start : high - medium.start])
-    page_table = np.zeros((len(works), max(len(table) for table in tables)), dtype=np.int64)
-    for row, table in enumerate(tables):
-        page_table[row, : len(table)] = table
-    array = np.asarray(ids, dtype=np.int64)
+    page_table += 1  # page 0 is nobody's
+    array = np.array(ids, dtype=np.int64)
     is_vision = token_routes(array, config)
     return Batch(
         ids_T=torch.from_numpy(array),
-        positions_3T=torch.from_numpy(np.concatenate(positions, axis=1)),
+        positions_3T=_ints(places),
         text_rows=torch.from_numpy(np.flatnonzero(~is_vision)),
         vision_rows=torch.from_numpy(np.flatnonzero(is_vision)),
         num_new=tuple(work.count for work in works),
         num_cached=tuple(work.start for work in works),
         feature_rows=torch.from_numpy(np.concatenate(feature_rows)) if feature_rows else None,
         features_RD=torch.cat(features) if features else None,
-        slots_T=torch.from_numpy(np.concatenate(slots)),
+        slots_T=_ints(slots),
         page_table_SM=torch.from_numpy(page_table),
-        sequence_T=torch.from_numpy(np.repeat(np.arange(len(works)), [work.count for work in works])),
-        num_keys_T=torch.from_numpy(np.concatenate(seen)),
-        logit_rows=torch.from_numpy(np.concatenate(wanted)),
+        sequence_T=_ints(owner),
+        num_keys_T=_ints(seen),
+        logit_rows=None if len(wanted) == len(ids) else _ints(wanted),
     )
+
+
+def _ints(values: object) -> Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.int64))
 
 
 _NO_EXPERT = 255

@@ -15,7 +15,10 @@ from duomo.engine.engine import Engine, build_engine
 from duomo.engine.runner import ModelRunner
 from duomo.engine.vocabulary import Vocabulary
 from duomo.errors import ConfigError
+from duomo.kernels import DenseForm
 from duomo.model.config import ModelConfig
+from duomo.model.ernie import Ernie
+from duomo.model.plain_decoder import is_bfloat16
 from duomo.processing.tokenizer import Tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -76,6 +79,7 @@ def open_engine(
         kv_dtype,
         feature_folder=Path(feature_folder) if feature_folder else None,
         fingerprint=fingerprint(folder),
+        form=_form(model, dtype),
     )
     runner.residency = residency_of(model)
     if runner.residency is not None:
@@ -94,6 +98,13 @@ def open_engine(
         num_drafts=num_drafts,
     )
     return engine, config
+
+
+def _form(model: Ernie, dtype: str) -> DenseForm:
+    """`auto` multiplies a bf16 checkpoint in bf16, as its makers do, added in fp32; float32 rounds none."""
+    if not is_bfloat16(model):
+        return DenseForm.BORROWED
+    return DenseForm.ROUNDED if dtype == "auto" else DenseForm.PANELS
 
 
 def num_pages_in(kv_bytes: int, config: ModelConfig, kv_dtype: str, page_size: int) -> int:

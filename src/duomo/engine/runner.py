@@ -23,6 +23,7 @@ from duomo.engine.kv import PagedCache
 from duomo.engine.patience import PatientForward
 from duomo.engine.request import ExpertTrace, MediaBlob
 from duomo.engine.scheduler import Sequence, Step, Work
+from duomo.kernels import DenseForm
 from duomo.model.ernie import Ernie
 from duomo.model.inputs import Batch
 from duomo.model.plain_decoder import fuse
@@ -63,9 +64,11 @@ class ModelRunner:
         feature_bytes: int = 256 << 20,
         feature_folder: Path | None = None,
         fingerprint: str = "",
+        form: DenseForm = DenseForm.BORROWED,
     ) -> None:
+        """`form`: how plain weights are kept; all but borrowed are for those that do not change any more."""
         self.model = model.eval()
-        fuse(self.model)
+        fuse(self.model, form)
         self.vocab_size = model.config.vocab_size
         self.cache = PagedCache(model.config, num_pages, page_size, kv_dtype)
         self.features = FeatureCache(feature_bytes, feature_folder, fingerprint)

@@ -34,7 +34,14 @@ from duomo.kernels.reference import (
     route,
     swiglu,
 )
-from duomo.kernels.weights import NATIVE_BLOCK, DenseWeight, Int8Weight, PackedWeight, TrellisWeight
+from duomo.kernels.weights import (
+    NATIVE_BLOCK,
+    DenseForm,
+    DenseWeight,
+    Int8Weight,
+    PackedWeight,
+    TrellisWeight,
+)
 
 __all__ = [
     "HEAD_MULTIPLE",
@@ -42,6 +49,7 @@ __all__ = [
     "BankWeights",
     "BlockWeights",
     "DecoderSizes",
+    "DenseForm",
     "DenseWeight",
     "FusedDecoder",
     "Int8Weight",
@@ -81,11 +89,15 @@ def _takes(x: Tensor) -> bool:
     return is_native and x.device.type == "cpu"
 
 
-def dense_linear(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
-    """`linear` without bias, for the head; native in inference over fp32."""
+def dense_linear(x_TK: Tensor, weight: DenseWeight | Tensor) -> Tensor:
+    """x W^T + bias; native in inference over fp32. A bare matrix [N, K] is borrowed."""
+    own = weight if isinstance(weight, DenseWeight) else None
+    weight_NK = weight.weight if isinstance(weight, DenseWeight) else weight
     if _takes(x_TK) and cpu.dense.takes(x_TK, weight_NK):
-        return cpu.dense.dense_linear(x_TK, weight_NK)
-    return reference.linear(x_TK, weight_NK)
+        return cpu.dense.dense_linear(x_TK, own or DenseWeight(weight_NK))
+    if own is not None and own.form is not DenseForm.BORROWED:
+        return reference.panel_linear(x_TK, weight_NK, own.bias, own.form is DenseForm.ROUNDED)
+    return reference.linear(x_TK, weight_NK, None if own is None else own.bias)
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, index: int = 0) -> Tensor:

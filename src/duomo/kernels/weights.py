@@ -1,12 +1,13 @@
 """Weights as the kernels take them: a trellis-coded matrix or bank, int8 rows, or plain fp32.
 
-They borrow the arrays of the stored tensor, which may be a memory-mapped file: nothing is copied or unpacked,
-and an expert that no token chooses is never read. Each makes its native twin once, on first use.
+Packed ones borrow the arrays of the stored tensor, which may be a memory-mapped file: nothing is copied or
+unpacked, and an expert that no token chooses is never read. Each makes its native twin once, on first use.
 A fact easily missed: activations share a scale over `block` inputs, which is also the block of the rotation.
 """
 
 from __future__ import annotations
 
+from enum import IntEnum
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -111,16 +112,33 @@ def _sign_array(seed: int | None, width: int) -> np.ndarray[Any, np.dtype[np.flo
     return np.zeros(0, np.float32) if seed is None else hadamard.signs(seed, width)
 
 
-class DenseWeight:
-    """A plain fp32 matrix [N, K] with its bias [N] or None, or a bank [E, N, K]: borrowed, not copied."""
+class DenseForm(IntEnum):
+    """How a plain matrix is kept; csrc/dense.hpp has the sums of each."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    BORROWED = 0  # fp32 where it lies: what is written into it is seen
+    PANELS = 1  # copied as bf16, half the bytes; multiplied as fp32
+    ROUNDED = 2  # the same, and activations are rounded to bf16 before each product
+
+
+class DenseWeight:
+    """A plain fp32 matrix [N, K] with its bias [N] or None, or a bank [E, N, K].
+
+    Panels round the weights to bf16 when the native twin is made: nothing is lost of a bf16 checkpoint.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, form: DenseForm = DenseForm.BORROWED
+    ) -> None:
         assert weight.dtype == torch.float32 and weight.is_contiguous(), "a matrix the kernels do not read"
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self.form = weight, bias, form
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: the native twin is made again."""
+        return {name: value for name, value in self.__dict__.items() if name != "native"}
 
     @cached_property
     def native(self) -> Any:
         from duomo import _native
 
         bias = None if self.bias is None else self.bias.detach().numpy()
-        return _native.Dense(self.weight.detach().numpy(), bias)
+        return _native.Dense(self.weight.detach().numpy(), bias, int(self.form))

@@ -26,12 +26,14 @@ class Embedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.panels: kernels.DenseWeight | None = None  # of the weights, in service (`model.plain_decoder`)
 
     def forward(self, ids_T: Tensor) -> Tensor:
         return F.embedding(ids_T, self.weight)
 
     def unembed(self, hidden_TD: Tensor) -> Tensor:
-        return kernels.dense_linear(hidden_TD, self.weight)
+        is_wide = hidden_TD.dtype == torch.float32 and not torch.is_grad_enabled()
+        return kernels.dense_linear(hidden_TD, self.panels if self.panels and is_wide else self.weight)
 
 
 class Ernie(nn.Module):

@@ -1,8 +1,9 @@
 """A plain fp32 decoder in service: a step through the engine's cache is one native call.
 
-The weights stay the modules' own parameters, borrowed where they lie: what is written into them is seen at
-once, and a module or parameter put in another's place, or moved, is noticed before a step. With gradients, on
-another device or below fp32, the layers are asked one by one, in torch.
+Borrowed weights stay the modules' own parameters where they lie: what is written into them is seen at once,
+and a module or parameter put in another's place, or moved, is noticed before a step. Panels are a copy, for
+weights that do not change any more. With gradients, on another device or below fp32, the layers are asked one
+by one, in torch.
 """
 
 from __future__ import annotations
@@ -13,25 +14,40 @@ import torch
 from torch import Tensor, nn
 
 from duomo import kernels
-from duomo.kernels import BankWeights, DenseWeight, FusedDecoder, LayerWeights
+from duomo.kernels import BankWeights, DenseForm, DenseWeight, FusedDecoder, LayerWeights
 from duomo.model.attention import Attention
 from duomo.model.decoder import Decoder, DecoderLayer
-from duomo.model.ernie import Ernie
+from duomo.model.ernie import Embedding, Ernie
 from duomo.model.experts import MLP, ExpertBank, Experts, Router
 from duomo.model.fused_decoder import OneCallDecoder, sizes_of
 from duomo.model.layers import Linear, RMSNorm
 
 
-def fuse(model: Ernie) -> None:
+def fuse(model: Ernie, form: DenseForm = DenseForm.BORROWED) -> None:
     """Gives a plain model a decoder that is one call where it can be; any other model stays as it is."""
     is_wide_enough = model.config.head_dim % kernels.HEAD_MULTIPLE == 0
-    if kernels.is_native and is_wide_enough and type(model.decoder) is Decoder:
-        model.decoder = PlainDecoder(model.decoder)
+    if not kernels.is_native or not is_wide_enough or type(model.decoder) is not Decoder:
+        return
+    model.decoder = PlainDecoder(model.decoder, form)
+    head = model.embed if model.head is None else model.head
+    if form is not DenseForm.BORROWED and type(head) is Embedding and _is_plain(head, Embedding):
+        head.panels = DenseWeight(head.weight, form=form)
+
+
+def is_bfloat16(model: Ernie) -> bool:
+    """Decoder and head have fp32 matrices of bf16 values, so panels lose nothing; routers stay fp32."""
+    routers = {id(x) for router in model.modules() if isinstance(router, Router) for x in router.parameters()}
+    matrices = [x for x in model.decoder.parameters() if x.ndim > 1 and id(x) not in routers]
+    matrices += [x for part in (model.embed, model.head) if part is not None for x in part.parameters()]
+    return all(
+        x.dtype == torch.float32 and not bool((x.detach().view(torch.int32) & 0xFFFF).any()) for x in matrices
+    )
 
 
 class PlainDecoder(OneCallDecoder):
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, form: DenseForm = DenseForm.BORROWED) -> None:
         super().__init__(decoder)
+        self.form = form
         self._forget()
 
     def _forget(self) -> None:
@@ -47,7 +63,8 @@ class PlainDecoder(OneCallDecoder):
     def _fused_for(self, hidden_TD: Tensor) -> FusedDecoder | None:
         if torch.is_grad_enabled() or hidden_TD.dtype != torch.float32 or hidden_TD.device.type != "cpu":
             return None
-        if not self._is_as_seen():
+        is_copy = self.form is not DenseForm.BORROWED and self._fused is not None
+        if not is_copy and not self._is_as_seen():
             self._build()
         return self._fused
 
@@ -70,7 +87,7 @@ class PlainDecoder(OneCallDecoder):
             for name, tensor in parent._parameters.items():
                 if tensor is not None:
                     self._tensors_seen.append((parent._parameters, name, tensor, tensor.data_ptr()))
-        layers = [_layer_weights(layer) for layer in self.layers]
+        layers = [_layer_weights(layer, self.form) for layer in self.layers]
         whole = [layer for layer in layers if layer is not None]
         if len(whole) == len(layers) and _is_plain(self.norm, RMSNorm):
             self._fused = FusedDecoder(sizes_of(self.config), self.norm.weight, whole)
@@ -84,7 +101,7 @@ def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     )
 
 
-def _layer_weights(layer: nn.Module) -> LayerWeights | None:
+def _layer_weights(layer: nn.Module, form: DenseForm) -> LayerWeights | None:
     """None where a module is not the plain one: an adapter's, or a recipe's."""
     assert isinstance(layer, DecoderLayer)
     attention, mlp = layer.attention, layer.mlp
@@ -92,42 +109,41 @@ def _layer_weights(layer: nn.Module) -> LayerWeights | None:
     if not are_norms or not _is_plain(attention, Attention):
         return None
     norms = (layer.input_norm.weight, layer.post_norm.weight)
-    linears = _linears(attention.q, attention.k, attention.v, attention.o)
+    linears = _linears(form, attention.q, attention.k, attention.v, attention.o)
     if linears is None:
         return None
     q, k, v, o = linears
     if isinstance(mlp, MLP):
-        dense = _mlp_weights(mlp)
+        dense = _mlp_weights(mlp, form)
         return None if dense is None else LayerWeights(norms, (q, k, v, o), None, None, dense)
     if not _is_plain(mlp, Experts) or not isinstance(mlp.text, ExpertBank):
         return None
-    text, vision = _bank_weights(mlp.text), _bank_weights(mlp.vision)
-    shared = None if mlp.shared is None else _mlp_weights(mlp.shared)
+    text, vision = _bank_weights(mlp.text, form), _bank_weights(mlp.vision, form)
+    shared = None if mlp.shared is None else _mlp_weights(mlp.shared, form)
     if text is None or (mlp.vision and vision is None) or (mlp.shared and shared is None):
         return None
     return LayerWeights(norms, (q, k, v, o), text, vision, shared)
 
 
-def _linears(*modules: nn.Module) -> list[DenseWeight] | None:
+def _linears(form: DenseForm, *modules: nn.Module) -> list[DenseWeight] | None:
     if not all(_is_plain(module, Linear) for module in modules):
         return None
-    return [DenseWeight(module.weight, module.bias) for module in modules]  # type: ignore[arg-type]
+    return [DenseWeight(module.weight, module.bias, form) for module in modules]  # type: ignore[arg-type]
 
 
-def _mlp_weights(mlp: nn.Module) -> tuple[DenseWeight, DenseWeight, DenseWeight] | None:
+def _mlp_weights(mlp: nn.Module, form: DenseForm) -> tuple[DenseWeight, DenseWeight, DenseWeight] | None:
     if not _is_plain(mlp, MLP):
         return None
-    linears = _linears(mlp.gate, mlp.up, mlp.down)  # type: ignore[arg-type]
+    linears = _linears(form, mlp.gate, mlp.up, mlp.down)  # type: ignore[arg-type]
     return None if linears is None else (linears[0], linears[1], linears[2])
 
 
-def _bank_weights(bank: nn.Module | None) -> BankWeights | None:
+def _bank_weights(bank: nn.Module | None, form: DenseForm) -> BankWeights | None:
     if (
         not isinstance(bank, ExpertBank)
         or not _is_plain(bank, ExpertBank)
         or not _is_plain(bank.router, Router)
     ):
         return None
-    return BankWeights(
-        bank.router.weight, bank.router.bias, DenseWeight(bank.gate_up), DenseWeight(bank.down)
-    )
+    gate_up, down = (DenseWeight(x, form=form) for x in (bank.gate_up, bank.down))
+    return BankWeights(bank.router.weight, bank.router.bias, gate_up, down)

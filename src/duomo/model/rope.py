@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,16 +25,53 @@ class Rotation(NamedTuple):
 
 def decoder_rotation(positions_3T: Tensor, config: ModelConfig) -> Rotation:
     """Angles [T, H/2] from positions (t, h, w); spec section 3.3."""
-    device = positions_3T.device
-    pair = torch.arange(config.head_dim // 2, device=device)
-    frequency = config.rope_theta ** (-2.0 * pair.float() / config.head_dim)
-    if config.rope_section is None:
-        axis = torch.zeros_like(pair)
-    else:
-        spatial = 2 * config.rope_section[0]
-        axis = torch.where(pair < spatial, 1 + pair % 2, 0)
-    angles = positions_3T[axis].T.float() * frequency
+    angles = positions_3T[_axes(config, positions_3T.device)].T.float() * _frequencies(
+        config, positions_3T.device
+    )
     return Rotation(angles.cos(), angles.sin())
+
+
+class RotationTable:
+    """`decoder_rotation` on the CPU out of a table of every position so far: a step then costs two gathers.
+
+    A position's angles are the same bits either way. The table doubles when a position lies beyond it.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        cpu = torch.device("cpu")
+        self._frequency = _frequencies(config, cpu)
+        self._axis: npt.NDArray[np.int64] = _axes(config, cpu).numpy()
+        self._num_pairs = len(self._axis)
+        self._pair = np.arange(self._num_pairs)
+        self._grow(1024)
+
+    def rotation(self, positions_3T: Tensor) -> Rotation:
+        positions = positions_3T.numpy()
+        if positions.max(initial=0) >= self._num_positions:
+            self._grow(2 * int(positions.max()))
+        index_TP = positions[self._axis].T * self._num_pairs + self._pair
+        return Rotation(
+            torch.from_numpy(self._cos.take(index_TP)), torch.from_numpy(self._sin.take(index_TP))
+        )
+
+    def _grow(self, num_positions: int) -> None:
+        self._num_positions = num_positions
+        angles = torch.arange(num_positions)[:, None].float() * self._frequency
+        self._cos: npt.NDArray[np.float32] = angles.cos().numpy()
+        self._sin: npt.NDArray[np.float32] = angles.sin().numpy()
+
+
+def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    pair = torch.arange(config.head_dim // 2, device=device)
+    return config.rope_theta ** (-2.0 * pair.float() / config.head_dim)
+
+
+def _axes(config: ModelConfig, device: torch.device) -> Tensor:
+    """int64 [H/2]: with which of t, h, w a pair turns."""
+    pair = torch.arange(config.head_dim // 2, device=device)
+    if config.rope_section is None:
+        return torch.zeros_like(pair)
+    return torch.where(pair < 2 * config.rope_section[0], 1 + pair % 2, 0)
 
 
 def vision_rotation(rows_P: Tensor, columns_P: Tensor, config: VisionConfig) -> Rotation:

@@ -1,9 +1,11 @@
-"""Products with plain fp32 matrices by csrc/dense.cpp: a row's bits depend on the row alone."""
+"""Products with plain matrices by csrc/dense.cpp: a row's bits depend on the row alone."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from duomo.kernels.weights import DenseWeight
 
 
 def takes(x_TK: Tensor, weight_NK: Tensor) -> bool:
@@ -17,12 +19,9 @@ def takes(x_TK: Tensor, weight_NK: Tensor) -> bool:
     )
 
 
-def dense_linear(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
-    """x W^T, fp32 [T, N]."""
-    from duomo import _native
-
+def dense_linear(x_TK: Tensor, weight: DenseWeight) -> Tensor:
+    """x W^T + bias, fp32 [T, N]."""
     x = x_TK.contiguous()
-    (tokens, columns), rows = x.shape, weight_NK.shape[0]
-    out = torch.empty(tokens, rows)
-    _native.dense_linear(weight_NK.data_ptr(), 0, rows, columns, x.data_ptr(), tokens, out.data_ptr())
+    out = torch.empty(len(x), len(weight.weight))
+    weight.native.linear(x.data_ptr(), len(x), out.data_ptr())
     return out

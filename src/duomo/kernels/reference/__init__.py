@@ -2,7 +2,7 @@
 
 from duomo.kernels.reference.attention import attention
 from duomo.kernels.reference.experts import experts, swiglu
-from duomo.kernels.reference.linear import linear
+from duomo.kernels.reference.linear import linear, panel_linear
 from duomo.kernels.reference.norm import layernorm, rmsnorm
 from duomo.kernels.reference.packed import (
     packed_experts,
@@ -39,6 +39,7 @@ __all__ = [
     "packed_mlp",
     "packed_qkv",
     "paged_attention",
+    "panel_linear",
     "quantize_activations",
     "rmsnorm",
     "rotate_halves",

@@ -22,3 +22,22 @@ def linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Ten
         return F.linear(x_TK, weight_NK, bias_N)
     padded = F.pad(x_TK, (0, 0, 0, -num_rows % ROW_BLOCK))
     return F.linear(padded, weight_NK, bias_N)[:num_rows]
+
+
+def panel_linear(
+    x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, is_rounded: bool = False
+) -> Tensor:
+    """x W^T + b over weights of bf16, as csrc/dense.hpp's panels add: the specification, slow on purpose.
+
+    Pairs of columns in rising order, of each the odd one first. A product of two bf16 numbers is exact in
+    fp32, so with `is_rounded` x this is what vdpbf16ps computes.
+    """
+    weight_NK = weight_NK.bfloat16().float()
+    x_TK = x_TK.bfloat16().float() if is_rounded else x_TK
+    sums_TN = torch.zeros(x_TK.shape[0], weight_NK.shape[0])
+    num_columns = x_TK.shape[1]
+    for even in range(0, num_columns, 2):
+        for column in (even + 1, even):
+            if column < num_columns:
+                sums_TN = sums_TN + x_TK[:, column, None] * weight_NK[:, column]
+    return sums_TN if bias_N is None else sums_TN + bias_N
