@@ -12,28 +12,17 @@ import torch
 from PIL import Image
 
 from duomo.checkpoints import save_model
-from duomo.model import SpecialIds
 from duomo.processing.tokenizer import Tokenizer
+from duomo.train.recipe import special_ids
 from tests.tiny import TINY, tiny_model
 
 
 @pytest.fixture(scope="session")
 def checkpoint(vocabulary: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole checkpoint of the test model's sizes: 0.5 million random fp32 weights and a tokenizer."""
-    special = tokenizer.special_id
-    ids = SpecialIds(
-        pad=special("<unk>"),
-        bos=special("<s>"),
-        eos=special("</s>"),
-        image_patch=special("<|IMAGE_PLACEHOLDER|>"),
-        video_patch=special("<|IMAGE_PLACEHOLDER|>"),
-        image_start=special("<|IMAGE_START|>"),
-        image_end=special("<|IMAGE_END|>"),
-        video_start=special("<|VIDEO_START|>"),
-        video_end=special("<|VIDEO_END|>"),
-    )
     folder = tmp_path_factory.mktemp("checkpoint")
-    save_model(tiny_model(replace(TINY, vocab_size=tokenizer.vocab_size, ids=ids)), folder, torch.float32)
+    config = replace(TINY, vocab_size=tokenizer.vocab_size, ids=special_ids(tokenizer))
+    save_model(tiny_model(config), folder, torch.float32)
     shutil.copy(vocabulary / "tokenizer.json", folder)
     return folder
 

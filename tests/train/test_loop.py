@@ -186,3 +186,29 @@ def test_vision_experts_start_as_their_text_experts(
 
 def test_finetune_is_a_public_name() -> None:
     assert duomo.finetune is finetune
+
+
+def events(folder: Path) -> dict[str, dict[int, float]]:
+    """Scalars of TensorBoard's files by name and step. A record is a length, its sum, the event, its sum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: dict[str, dict[int, float]] = {}
+    for file in folder.iterdir():
+        data, place = file.read_bytes(), 0
+        while place < len(data):
+            size = int.from_bytes(data[place : place + 8], "little")
+            event = Event.FromString(data[place + 12 : place + 12 + size])
+            for value in event.summary.value:
+                found.setdefault(value.tag, {})[event.step] = value.simple_value
+            place += size + 16
+    return found
+
+
+def test_tensorboard_holds_what_the_metrics_hold(checkpoint: Path, text_rows: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    fields = recipe(checkpoint, text_rows, folder, eval_data=[str(text_rows)], eval_every=4, tensorboard=True)
+    finetune(fields, say=silent)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = events(folder / "tensorboard")
+    assert {"loss", "rate", "accuracy", "evaluation/answers_right", "gradient_norm"} <= found.keys()
+    assert found["loss"] == pytest.approx({row["step"]: row["loss"] for row in rows}, rel=1e-6)

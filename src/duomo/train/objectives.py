@@ -46,27 +46,40 @@ class Objective(Protocol):
 class Answers:
     """Cross-entropy of supervised tokens, and the routers' terms."""
 
-    def __init__(self, model: Ernie, samples: Samples, settings: Settings, usage: Usage, watch: RouterWatch):
+    def __init__(
+        self,
+        model: Ernie,
+        samples: Samples,
+        settings: Settings,
+        usage: Usage,
+        watch: RouterWatch,
+        rank: int = 0,
+        num_processes: int = 1,
+    ):
         self.model, self.samples, self.settings = model, samples, settings
         self.usage, self.watch = usage, watch
+        self.rank, self.num_processes = rank, num_processes
 
     def step(self, packs: Sequence[Sequence[int]]) -> StepReport:
+        """Of several processes each takes every n-th pack and reports what it saw of them."""
         settings, report = self.settings, StepReport()
         supervised = sum(self.samples.supervised[index] for pack in packs for index in pack)
         divisor = settings.max_tokens * len(packs) if settings.losses.token_balanced else max(1, supervised)
-        for pack in packs:
+        for pack in packs[self.rank :: self.num_processes]:
             chosen = [self.samples[index] for index in pack]
             output = self._forward(chosen)
             summed = losses.summed_token_loss(output.logits_LV, output.labels_L)
             total = summed / divisor + self._routers(report, len(packs))
-            total.backward()
+            (total * self.num_processes).backward()  # of whose gradients the mean is taken
             report.loss += float(summed.detach()) / max(1, supervised)
             _count(report, output)
         return report
 
     def _forward(self, chosen: Sequence[Sample]) -> PackOutput:
         prompts, labels = [s.prompt for s in chosen], [s.labels for s in chosen]
-        return run_pack(self.model, prompts, labels, self.settings.dtype == "bfloat16")
+        return run_pack(
+            self.model, prompts, labels, self.settings.dtype == "bfloat16", self.num_processes > 1
+        )
 
     def _routers(self, report: StepReport, num_packs: int) -> Tensor:
         return take_routers(self.watch, self.usage, self.settings, report, num_packs)

@@ -16,7 +16,7 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     groups = optimizer_groups(model, settings.rate, settings.rates, settings.weight_decay)
     for group in groups:
         group["peak"] = group["lr"]
-    return torch.optim.AdamW(groups, lr=settings.rate, betas=settings.betas, eps=settings.eps)
+    return torch.optim.AdamW(groups, lr=settings.rate, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def rate_factor(settings: Settings, step: int, num_steps: int) -> float:

@@ -1,9 +1,10 @@
 """One step over several processes: experts placed, everything else sharded by FSDP2. Same gradients as one.
 
 Each process holds E/n experts of every bank. Tokens travel to their experts and back by two all-to-alls, in
-the forward pass and again in the backward one. The rest (attention, norms, embeddings, tower, resampler,
-routers) is sharded by `fully_shard`, a layer at a time. A process without pictures takes part in every
-exchange all the same, with nothing to send: a collective that one process skips is a hang, not an error.
+the forward pass and again in the backward one. The rest (attention, norms, embeddings, tower, resampler) is
+sharded by `fully_shard`, a layer at a time; routers are small, and whole everywhere. A process without
+pictures takes part in every exchange all the same, with nothing to send: a collective that one process skips
+is a hang, not an error.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from duomo.errors import TrainingError
 from duomo.kernels import swiglu
 from duomo.model import Ernie
-from duomo.model.experts import ExpertBank, Experts
+from duomo.model.experts import ExpertBank, Experts, Router
 from duomo.model.inputs import Batch
 
 
@@ -120,12 +121,11 @@ def distribute(model: Ernie, mesh: DeviceMesh) -> Ernie:
     for layer in model.decoder.layers:
         if isinstance(layer.mlp, Experts):
             layer.mlp = PlacedExperts(layer.mlp, rank, size)
-    placed = set(placed_parameters(model))
-    biases = {p for n, p in model.named_parameters() if n.endswith(".router.bias")}
+    apart = {*placed_parameters(model), *router_parameters(model)}
     shards: list[nn.Module] = list(model.decoder.layers)
     shards += [part for part in (model.vision_tower, model.resampler) if part is not None]
     for module in [*shards, model]:
-        fully_shard(module, mesh=mesh, ignored_params=placed | biases)
+        fully_shard(module, mesh=mesh, ignored_params=apart)
     for name in ("encode", "unembed"):  # they use the root's weights without being its `forward`
         register_fsdp_forward_method(model, name)
     return model
@@ -137,26 +137,51 @@ def placed_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
             yield from (module.gate_up, module.down)
 
 
-def whole(value: Tensor) -> Tensor:
-    """A sharded tensor put together, on every process."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def router_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, Router):
+            yield from (module.weight, module.bias)
+
+
+def fill_gradients(model: nn.Module) -> None:
+    """Zeros where no token came: an optimizer passes over a missing gradient, and goes on with one of zeros.
+
+    Which parameters a process's tokens reach depends on how packs are shared; what a step does must not.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 @torch.no_grad()
-def clip_(model: nn.Module, most: float) -> float:
-    """`clip_grad_norm_` over sharded and placed parameters alike; returns the norm before."""
+def average_routers(model: nn.Module) -> None:
+    """Gradients of routers, which FSDP does not see, averaged over processes as it does with the others."""
+    for parameter in router_parameters(model):
+        if parameter.requires_grad:
+            assert parameter.grad is not None, "filled before"
+            dist.all_reduce(parameter.grad)
+            parameter.grad.div_(dist.get_world_size())
+
+
+@torch.no_grad()
+def clip_(model: nn.Module, most: float, is_shared: bool) -> float:
+    """`clip_grad_norm_` over sharded, placed and whole parameters alike; returns the norm before.
+
+    Squares are added in fp64: torch's fp32 norm is off by 2e-5, which no two ways of sharing would repeat.
+    """
     placed = set(placed_parameters(model))
-    squares = torch.zeros(())
-    alone = torch.zeros(())
+    shared, alone = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     grads = [(p, p.grad) for p in model.parameters() if p.grad is not None]
     for parameter, grad in grads:
         local = grad.to_local() if isinstance(grad, DTensor) else grad
+        square = torch.linalg.vector_norm(local, dtype=torch.float64).square().cpu()
         if parameter in placed or isinstance(grad, DTensor):
-            squares += local.float().square().sum().cpu()
+            shared += square
         else:
-            alone += local.float().square().sum().cpu()
-    dist.all_reduce(squares)
-    norm = float((squares + alone).sqrt())
+            alone += square
+    if is_shared:
+        dist.all_reduce(shared)
+    norm = float((shared + alone).sqrt())
     if norm > most:
         for _, grad in grads:
             grad.mul_(most / (norm + 1e-6))

@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from duomo.train.groups import group_of
 from duomo.train.loop import Run
 from duomo.train.packing import PackStatistics
+from duomo.train.processes import Processes
 from duomo.train.progress import Progress
 from duomo.train.settings import Settings
 from duomo.train.stages import Trained, open_trained
@@ -50,7 +51,7 @@ def plan_recipe(settings: Settings) -> TrainingPlan:
     with TemporaryDirectory() as scratch:
         own = msgspec.structs.replace(settings, output=str(Path(scratch) / "run"), tensorboard=False)
         trained = open_trained(own)
-        run = Run(own, trained, Progress(own, lambda line: None))
+        run = Run(own, trained, Progress(own, lambda line: None), Processes())
         seconds, activations = _time_step(run)
         coverage = {
             modality: _coverage(run, modality) for modality in ("text", "vision") if _has(run, modality)

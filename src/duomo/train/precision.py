@@ -36,7 +36,7 @@ def _multiplies_bf16() -> bool:
 
 
 class Bf16Products(TorchFunctionMode):
-    """Inside this context every `F.linear` with fp32 weights and gradients multiplies in bfloat16."""
+    """Inside this context every `F.linear` with gradients multiplies in bfloat16, into its input's type."""
 
     def __torch_function__(
         self,
@@ -53,18 +53,18 @@ class Bf16Products(TorchFunctionMode):
 
 
 def _is_wide(weight_NK: Tensor) -> bool:
-    return weight_NK.dtype == torch.float32 and weight_NK.ndim == 2 and weight_NK.shape[0] >= MIN_OUTPUTS
+    return weight_NK.ndim == 2 and weight_NK.shape[0] >= MIN_OUTPUTS
 
 
 class _Product(torch.autograd.Function):
-    """x [T, K] times W' [K, N], and both gradients, each one bf16 product with fp32 results."""
+    """x [T, K] times W' [K, N], and both gradients, each one bf16 product, in the type of what it is for."""
 
     @staticmethod
     def forward(ctx: Any, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
         x, weight = _rows(x_TK), weight_NK.bfloat16()
         ctx.save_for_backward(x, weight)
-        ctx.shape = x_TK.shape
-        product: Tensor = (x @ weight.T)[: _count(x_TK)].float()
+        ctx.shape, ctx.types = x_TK.shape, (x_TK.dtype, weight_NK.dtype)
+        product: Tensor = (x @ weight.T)[: _count(x_TK)].to(x_TK.dtype)
         return product.reshape(*x_TK.shape[:-1], -1)
 
     @staticmethod
@@ -72,9 +72,10 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         gradient = _rows(gradients[0])
         wants_x, wants_weight = ctx.needs_input_grad
+        type_x, type_weight = ctx.types
         count = _count(gradients[0])
-        by_x = (gradient @ weight)[:count].float().reshape(ctx.shape) if wants_x else None
-        return by_x, (gradient.T @ x).float() if wants_weight else None
+        by_x = (gradient @ weight)[:count].to(type_x).reshape(ctx.shape) if wants_x else None
+        return by_x, (gradient.T @ x).to(type_weight) if wants_weight else None
 
 
 def _count(x: Tensor) -> int:

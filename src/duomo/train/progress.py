@@ -164,6 +164,20 @@ class Progress:
         self._board.flush()
 
 
+class Unseen:
+    """The progress of every process but the first, which tells for all."""
+
+    def say(self, line: str) -> None: ...
+
+    def start(self, run: Run) -> None: ...
+
+    def note(
+        self, done: int, report: StepReport, rate: float, usage: Usage, evaluation: Evaluation | None
+    ) -> None: ...
+
+    def finish(self, folder: Path) -> None: ...
+
+
 def _open_board(settings: Settings, say: Say) -> Any:
     if not settings.tensorboard:
         return None

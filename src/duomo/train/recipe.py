@@ -14,14 +14,14 @@ Shares: TypeAlias = tuple[tuple[str, float], ...]
 FIRST: Shares = (("digits", 0.5), ("shapes", 0.35), ("text", 0.15))
 FIRST_CELLS: Shares = (("boards", 0.4), ("digits", 0.4), ("shapes", 0.2))
 ALL: Shares = (
-    ("digits", 0.16),
-    ("meters", 0.1),
-    ("charts", 0.14),
-    ("shapes", 0.06),
-    ("places", 0.1),
-    ("surface", 0.1),
+    ("digits", 0.2),
+    ("meters", 0.09),
+    ("charts", 0.12),
+    ("shapes", 0.08),
+    ("places", 0.09),
+    ("surface", 0.09),
     ("nuclei", 0.08),
-    ("circuits", 0.1),
+    ("circuits", 0.09),
     ("clips", 0.06),
     ("text", 0.04),
     ("instructions", 0.06),
@@ -106,7 +106,7 @@ class Recipe:
         ),
         Stage(
             "families",
-            num_steps=6000,
+            num_steps=3200,
             batch_size=32,
             rate=1e-3,
             decay_from=0.5,
@@ -168,7 +168,6 @@ def config_of(size: str, tokenizer: Tokenizer) -> ModelConfig:
 
 def tiny_config(tokenizer: Tokenizer) -> ModelConfig:
     """10.8M parameters; widths that suit the 2-bit code (rows in 64s, columns in 16s)."""
-    special = tokenizer.special_id
     return ModelConfig(
         name="tiny",
         vocab_size=tokenizer.vocab_size,
@@ -187,15 +186,21 @@ def tiny_config(tokenizer: Tokenizer) -> ModelConfig:
         rope_section=(6, 6, 4),
         max_positions=8192,
         initializer_range=0.05,
-        ids=SpecialIds(
-            pad=special("<unk>"),
-            bos=special("<s>"),
-            eos=special("</s>"),
-            image_patch=special("<|IMAGE_PLACEHOLDER|>"),
-            video_patch=special("<|IMAGE_PLACEHOLDER|>"),
-            image_start=special("<|IMAGE_START|>"),
-            image_end=special("<|IMAGE_END|>"),
-            video_start=special("<|VIDEO_START|>"),
-            video_end=special("<|VIDEO_END|>"),
-        ),
+        ids=special_ids(tokenizer),
+    )
+
+
+def special_ids(tokenizer: Tokenizer) -> SpecialIds:
+    """The ids of a vocabulary of ours (`train.vocabulary`) that the model itself looks at."""
+    special = tokenizer.special_id
+    return SpecialIds(
+        pad=special("<unk>"),
+        bos=special("<s>"),
+        eos=special("</s>"),
+        image_patch=special("<|IMAGE_PLACEHOLDER|>"),
+        video_patch=special("<|IMAGE_PLACEHOLDER|>"),
+        image_start=special("<|IMAGE_START|>"),
+        image_end=special("<|IMAGE_END|>"),
+        video_start=special("<|VIDEO_START|>"),
+        video_end=special("<|VIDEO_END|>"),
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 
 from duomo.errors import TrainingError
+from duomo.train.processes import Processes
 from duomo.train.routing import Usage
 from duomo.train.settings import Settings, to_fields
 
@@ -38,21 +41,42 @@ def save_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     usage: Usage,
+    processes: Processes,
 ) -> None:
+    """Everybody must call it; the first process writes."""
+    parameters = changing(model)
+    named = {name: processes.whole(model, p, p) for name, p in parameters.items()}
+    moments = _mapped(optimizer, optimizer.state_dict(), partial(processes.whole, model))
+    if processes.rank:
+        return
     fields = {
         "step": step,
         "settings": json.dumps(to_fields(settings)),
-        "parameters": {name: parameter.detach() for name, parameter in changing(model).items()},
-        "optimizer": optimizer.state_dict(),
+        "parameters": named,
+        "optimizer": moments,
         "random": torch.get_rng_state(),
         "usage": {f"{place.layer}/{place.modality}": c for place, c in usage.counts.items()},
     }
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    unfinished = path.with_suffix(".partial")
+    with unfinished.open("wb") as file:
         torch.save(fields, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+    os.replace(unfinished, path)
+
+
+def _mapped(
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    change: Callable[[nn.Parameter, torch.Tensor], torch.Tensor],
+) -> dict[str, Any]:
+    """A state dict of `optimizer` with every tensor changed by the parameter it belongs to."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = {
+        index: {key: change(parameters[index], value) for key, value in moments.items()}
+        for index, moments in sorted(state["state"].items())
+    }
+    return {**state, "state": tensors}
 
 
 def read_state(path: Path, settings: Settings) -> dict[str, Any]:
@@ -73,14 +97,21 @@ def read_state(path: Path, settings: Settings) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def restore(fields: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, usage: Usage) -> int:
-    """Puts everything back; returns the steps already done."""
+def restore(
+    fields: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    usage: Usage,
+    processes: Processes,
+) -> int:
+    """Puts everything back, in each process its part; returns the steps already done."""
     parameters = changing(model)
     if parameters.keys() != fields["parameters"].keys():
         raise TrainingError("the state of the run is of another model")
     for name, parameter in parameters.items():
-        parameter.copy_(fields["parameters"][name])
-    optimizer.load_state_dict(fields["optimizer"])
+        parameter.copy_(processes.part(model, parameter, fields["parameters"][name]))
+    part = partial(processes.part, model)
+    optimizer.load_state_dict(_mapped(optimizer, fields["optimizer"], part))
     torch.set_rng_state(fields["random"])
     for place, counts in usage.counts.items():
         counts.copy_(fields["usage"][f"{place.layer}/{place.modality}"])

@@ -1,4 +1,4 @@
-"""The embedded model's vocabulary: 4,096 ids, byte fallback, every digit a piece of its own.
+"""The vocabulary of `tiny` (4,096 ids) or `mini` (6,144): byte fallback, every digit a piece of its own.
 
 Laid out as ERNIE's: `<unk> <s> </s>`, bytes, merged pieces, then the control tokens in ERNIE's order at the
 very end, so that "id >= im_patch_id" holds here too. Adding needs the single digits: a model that sees "47"
@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-VOCAB_SIZE = 4096
+VOCAB_SIZES = {"tiny": 4096, "mini": 6144}
+VOCAB_SIZE = VOCAB_SIZES["tiny"]
 CONTROL_TOKENS = (
     "<|end_of_sentence|>",
     "<|begin_of_sentence|>",

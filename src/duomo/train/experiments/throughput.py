@@ -1,9 +1,11 @@
-"""`python -m duomo.bench.training`: a training step of ours beside transformers' own class, one run.
+"""`python -m duomo.train.experiments.throughput`: a training step of ours beside transformers' own class.
 
-Same sizes, same weights (transformers saves, we load), same ids, pictures and labels, fp32, AdamW over all
+Same sizes, same weights (transformers saves, we load), same ids, pictures and labels, AdamW over all fp32
 parameters. Rows of one length, and mixed ones, where transformers pads and we do not; tokens are counted
-without padding. Steps alternate, so load and clock strike both alike; medians are of the same number of
-steps. The first losses must agree, or nothing is timed.
+without padding. Products are fp32 on both sides, then bf16: ours as `dtype: bfloat16` of a recipe makes
+them, theirs under `torch.autocast`; the ratio is to the faster of theirs in fp32 and bf16. Steps alternate,
+so load and clock strike all alike; medians are of the same number of steps. The first losses must agree,
+or nothing is timed.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import tempfile
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ from torch.nn import functional as F
 from duomo.checkpoints import load_model
 from duomo.errors import Error
 from duomo.model import Ernie, PackedCausal, build_batch
+from duomo.train.precision import fast_products
 
 Grid = namedtuple("Grid", "frames rows columns")
 Span = namedtuple("Span", "start grid")
@@ -143,16 +148,19 @@ def their_loss(model: Any, work: Work, patch_id: int) -> Tensor:
     return output.loss  # type: ignore[no-any-return]
 
 
-def stepper(model: torch.nn.Module, loss: Callable[[], Tensor]) -> Callable[[], tuple[float, float]]:
-    """A whole step; returns (seconds, loss)."""
+def stepper(
+    model: torch.nn.Module, loss: Callable[[], Tensor], products: Callable[[], AbstractContextManager[Any]]
+) -> Callable[[], tuple[float, float]]:
+    """A whole step whose forward and backward run inside `products`; returns (seconds, loss)."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step() -> tuple[float, float]:
         started = time.perf_counter()
         optimizer.zero_grad()
-        value = loss()
-        value.backward()
+        with products():
+            value = loss()
+            value.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         return time.perf_counter() - started, float(value.detach())
@@ -167,28 +175,52 @@ def compare(name: str, rows: int, length: int, steps: int, is_mixed: bool) -> di
         ours = load_model(folder).train()
     work = build_work(ours, rows, length, is_mixed)
     patch_id = ours.config.ids.image_patch
+
+    def our_step(bf16: bool) -> Callable[[], tuple[float, float]]:
+        model, cpu = deepcopy(ours), torch.device("cpu")
+        return stepper(model, lambda: our_loss(model, work), lambda: fast_products(bf16, cpu))
+
+    def their_step(bf16: bool) -> Callable[[], tuple[float, float]]:
+        model = deepcopy(theirs)
+        return stepper(
+            model,
+            lambda: their_loss(model, work, patch_id),
+            lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        )
+
     steps_of = {
-        "duomo": stepper(ours, lambda: our_loss(ours, work)),
-        "transformers": stepper(theirs, lambda: their_loss(theirs, work, patch_id)),
+        "duomo fp32": our_step(False),
+        "duomo bf16": our_step(True),
+        "transformers fp32": their_step(False),
+        "transformers bf16": their_step(True),
     }
     first = {who: step()[1] for who, step in steps_of.items()}
-    if abs(first["duomo"] - first["transformers"]) > 1e-4:
+    exact, ours_fp32 = first["transformers fp32"], first["duomo fp32"]
+    if abs(ours_fp32 - exact) > 1e-4 or abs(first["duomo bf16"] - exact) > 1e-2:
         raise Error(f"the losses differ, so the two do not compute the same: {first}")
     seconds: dict[str, list[float]] = {who: [] for who in steps_of}
     for _ in range(steps):
         for who, step in steps_of.items():
             seconds[who].append(step()[0])
+    best = [
+        min(pair) for pair in zip(seconds["transformers fp32"], seconds["transformers bf16"], strict=True)
+    ]
     medians = {who: statistics.median(values) for who, values in seconds.items()}
-    ratios = [t / o for o, t in zip(seconds["duomo"], seconds["transformers"], strict=True)]
     return {
         "sizes": name, "rows": rows, "lengths": work.lengths, "pictures": rows, "steps": steps,
         "parameters": sum(p.numel() for p in ours.parameters()),
         "tokens_per_s": {who: round(sum(work.lengths) / value) for who, value in medians.items()},
         "median_step_s": {who: round(value, 4) for who, value in medians.items()},
-        "median_ratio": round(statistics.median(ratios), 3),
+        "ratio_fp32": _ratio(seconds["duomo fp32"], seconds["transformers fp32"]),
+        "ratio_bf16_to_their_faster": _ratio(seconds["duomo bf16"], best),
         "first_loss": {who: round(value, 6) for who, value in first.items()},
         "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
     }  # fmt: skip
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    """The median of theirs over ours, step by step."""
+    return round(statistics.median(t / o for o, t in zip(ours, theirs, strict=True)), 3)
 
 
 def main() -> None:

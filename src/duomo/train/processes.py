@@ -1,0 +1,142 @@
+"""The processes of a run: who takes which packs, what is added up, and how state is put together and parted.
+
+The loop is written for one process; `Processes` is what it asks where there may be more. A saved state is
+always whole, in the layout of one process, so a run may go on in any number of them. Started by
+`duomo train --processes N` on one machine, or by `torchrun -m duomo train ...` on several.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
+
+from duomo.errors import Error, TrainingError
+from duomo.train.objectives import StepReport
+from duomo.train.parallel import average_routers, clip_, distribute, fill_gradients, placed_parameters
+from duomo.train.routing import Usage
+from duomo.train.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """One process unless `mesh` says otherwise."""
+
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+
+    @classmethod
+    def join(cls, settings: Settings) -> Processes:
+        """The processes this one was started among. TrainingError for a recipe that needs a single one."""
+        if not dist.is_initialized():
+            if not dist.is_torchelastic_launched():
+                return cls()
+            dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo")
+        size = dist.get_world_size()
+        if size == 1:
+            return cls()
+        check(settings, size)
+        return cls(dist.get_rank(), size, init_device_mesh(settings.device.partition(":")[0], (size,)))
+
+    def place(self, model: Any) -> None:
+        if self.mesh is not None:
+            distribute(model, self.mesh)
+
+    def add_up(self, report: StepReport, usage: Usage) -> StepReport:
+        """A step's report and expert usage over all processes, on each."""
+        if self.mesh is None:
+            return report
+        for counts in usage.counts.values():
+            dist.all_reduce(counts)
+        reports: list[Any] = [None] * self.size
+        dist.all_gather_object(reports, report)
+        total = StepReport()
+        for one in reports:
+            for name in ("loss", "num_tokens", "num_supervised", "num_right", "num_judged"):
+                setattr(total, name, getattr(total, name) + getattr(one, name))
+            for name, value in one.values.items():
+                total.values[name] += value
+        return total
+
+    def clip(self, model: nn.Module, most: float) -> float:
+        """Completes the gradients of a step and clips them by their common norm; returns the norm before."""
+        fill_gradients(model)
+        if self.mesh is not None:
+            average_routers(model)
+        return clip_(model, most, is_shared=self.mesh is not None)
+
+    def whole(self, model: nn.Module, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """`value`, shaped like `parameter` or like its part here, put together. Everybody must call it."""
+        value = value.detach()
+        if isinstance(value, DTensor):
+            return value.full_tensor()
+        if self.mesh is not None and value.ndim and parameter in set(placed_parameters(model)):
+            parts = [torch.empty_like(value) for _ in range(self.size)]
+            dist.all_gather(parts, value.contiguous())
+            return torch.cat(parts)
+        return value
+
+    def part(self, model: nn.Module, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """What of a whole `value` lies in this process."""
+        if isinstance(parameter, DTensor) and value.ndim:
+            return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        if self.mesh is not None and value.ndim and parameter in set(placed_parameters(model)):
+            return value.chunk(self.size)[self.rank].clone()
+        return value
+
+    def wait(self) -> None:
+        if self.mesh is not None:
+            dist.barrier()
+
+
+def check(settings: Settings, size: int) -> None:
+    """TrainingError unless this recipe can run in `size` processes."""
+    if settings.stage in ("dpo", "grpo") or settings.lora is not None:
+        what = "an adapter" if settings.lora is not None else settings.stage
+        raise TrainingError(f"{what} trains in one process; {size} were started")
+    if settings.packs_per_step % size:
+        raise TrainingError(
+            f"{size} processes share the packs of a step evenly; packs_per_step={settings.packs_per_step} "
+            f"is no multiple of {size}"
+        )
+
+
+def run_in(count: int, work: Callable[[Settings], object], settings: Settings) -> int:
+    """Runs `work(settings)` in `count` processes of this machine; returns the exit code.
+
+    An error that all meet is told once, by the first; the death of one ends the others.
+    """
+    check(settings, count)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    try:
+        spawn(_enter, (count, port, work, settings), nprocs=count)
+    except ProcessExitedException as ended:
+        return ended.exit_code if ended.exit_code > 0 else 1
+    return 0
+
+
+def _enter(rank: int, count: int, port: int, work: Callable[[Settings], object], settings: Settings) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    backend = "nccl" if settings.device.startswith("cuda") else "gloo"
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group(backend, init_method=address, rank=rank, world_size=count)
+    try:
+        work(settings)
+    except Error as error:
+        if rank == 0:
+            print(f"duomo: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        dist.destroy_process_group()
