@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duomo.engine.governor import needs_thinking
-from duomo.engine.mailbox import mailbox_of
+from duomo.engine.mailbox import Box
 from duomo.engine.questions import Decision, Question, decide
 from duomo.engine.reading import Asked, Reader, whole
 from duomo.engine.request import (
@@ -439,17 +439,12 @@ class LLM:
             self._drop(open_ids)
 
     async def _astream(self, asked: list[Asked]) -> AsyncIterator[Delta]:
-        mailbox = mailbox_of(asyncio.get_running_loop())
-        arrivals: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        arrivals: Box[tuple[int, Output]] = Box()
         readers = [Reader(self.tokenizer, ready, index) for index, ready in enumerate(asked)]
         open_ids = set()
-
-        def sink(index: int, output: Output) -> None:
-            mailbox.post(arrivals.put_nowait, (index, output))
-
         try:
             for index, ready in enumerate(asked):
-                self.engine.submit(ready.request, lambda out, i=index: sink(i, out))  # type: ignore[misc]
+                self.engine.submit(ready.request, lambda out, i=index: arrivals.post((i, out)))  # type: ignore[misc]
                 open_ids.add(ready.request.request_id)
             while open_ids:
                 index, output = await arrivals.get()

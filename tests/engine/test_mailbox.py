@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from duomo.engine.mailbox import Mailbox, mailbox_of
+from duomo.engine.mailbox import Box, Mailbox, mailbox_of
 
 
 def test_letters_of_many_threads_all_arrive_each_threads_in_order() -> None:
@@ -56,3 +56,27 @@ def test_a_step_wakes_the_loop_once_and_a_closed_loop_takes_nothing() -> None:
     loop.is_over = True
     box.post(got.append, 9)
     assert not loop.calls
+
+
+def test_each_reader_gets_its_own_in_order_and_one_that_gave_up_stands_in_nobodys_way() -> None:
+    async def run() -> None:
+        boxes: list[Box[int]] = [Box() for _ in range(3)]
+        late = asyncio.ensure_future(boxes[0].get())
+        await asyncio.sleep(0)
+        late.cancel()
+        await asyncio.gather(late, return_exceptions=True)
+
+        def write() -> None:
+            for number in range(3000):
+                boxes[number % 3].post(number)
+
+        async def read(box: Box[int]) -> list[int]:
+            return [await box.get() for _ in range(1000)]
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        got = await asyncio.gather(*map(read, boxes))
+        thread.join()
+        assert list(got) == [list(range(first, 3000, 3)) for first in range(3)]
+
+    asyncio.run(asyncio.wait_for(run(), 30))

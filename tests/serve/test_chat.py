@@ -3,6 +3,7 @@
 import base64
 import itertools
 
+import msgspec
 import pytest
 
 from tests.serve.conftest import picture_url
@@ -197,3 +198,18 @@ def test_the_experts_of_each_token_streamed_and_whole_are_the_same(server):
     assert "experts" not in server.ask().json()["choices"][0]
     card = server.client.get("/v1/models").json()["data"][0]
     assert card["experts"] == {"text": 16, "vision": 16} and max(set(joined) - {255}) < 16
+
+
+def test_the_quick_way_to_write_a_piece_of_text_writes_the_same():
+    from msgspec import UNSET
+
+    from duomo.serve import chat, schema
+    from duomo.serve.stream import event
+
+    for model in ("tiny", "\0", 'a"b', "文"):
+        for usage in (None, UNSET):
+            chunk = schema.ChatChunk("chatcmpl-1", 7, model, [], usage)
+            before, after = chat._around_text(chunk)
+            for text in ("x", "\0", 'say "hi"\n', "日本", "\u2028</script>"):
+                chunk.choices = [schema.ChunkChoice(0, schema.Delta(content=text))]
+                assert before + msgspec.json.encode(text) + after == event(chunk)

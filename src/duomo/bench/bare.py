@@ -22,35 +22,53 @@ _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\nc
 
 async def serve(port: int, step_s: float) -> None:
     loop = asyncio.get_running_loop()
-    waiting: dict[int, asyncio.Queue[int]] = {}
+    answering: set[_Answer] = set()
+
+    def tell(now: int) -> None:
+        for answer in list(answering):
+            answer.tell(now)
+            if answer.is_over:
+                answering.discard(answer)
 
     def beat() -> None:
         while True:
             time.sleep(step_s)
-            now = time.monotonic_ns()
-            for queue in list(waiting.values()):
-                loop.call_soon_threadsafe(queue.put_nowait, now)
+            loop.call_soon_threadsafe(tell, time.monotonic_ns())
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
             asked = json.loads(await reader.readexactly(length))
-            arrived = time.monotonic_ns()
-            queue = waiting[id(writer)] = asyncio.Queue()
-            for made in range(asked["max_tokens"]):
-                now = await queue.get()
-                body = (_EVENT % (f"{arrived} {now}" if made == 0 else f"{now}")).encode()
-                writer.write(_HEAD + body if made == 0 else body)
+            answering.add(_Answer(writer, asked["max_tokens"], time.monotonic_ns()))
         except (asyncio.IncompleteReadError, ConnectionError):  # somebody who only looked whether we are here
-            pass
-        finally:
-            waiting.pop(id(writer), None)
             writer.close()
 
     threading.Thread(target=beat, daemon=True).start()
-    async with await asyncio.start_server(answer, "127.0.0.1", port) as server:
+    async with await asyncio.start_server(begin, "127.0.0.1", port) as server:
         await server.serve_forever()
+
+
+class _Answer:
+    """Written by the beat itself: no queue, no task."""
+
+    def __init__(self, writer: asyncio.StreamWriter, num_left: int, arrived: int) -> None:
+        self._writer, self._num_left = writer, num_left
+        self._arrived: int | None = arrived
+
+    @property
+    def is_over(self) -> bool:
+        return self._num_left == 0
+
+    def tell(self, now: int) -> None:
+        first, self._arrived = self._arrived, None
+        if first is None:
+            self._writer.write((_EVENT % f"{now}").encode())
+        else:
+            self._writer.write(_HEAD + (_EVENT % f"{first} {now}").encode())
+        self._num_left -= 1
+        if self.is_over:
+            self._writer.close()
 
 
 if __name__ == "__main__":

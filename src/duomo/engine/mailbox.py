@@ -1,4 +1,4 @@
-"""From the engine's thread to an event loop, with one wake-up for all that came since the last.
+"""From the engine's thread to readers on an event loop, with one wake-up for all that came since the last.
 
 `call_soon_threadsafe` writes to a pipe each time. A step has an output for every running request, all of them
 at once; waking the loop for each costs more than what it then does.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
+
+T = TypeVar("T")
 
 
 class Mailbox:
@@ -33,6 +35,34 @@ class Mailbox:
         while self._letters:
             deliver, letter = self._letters.popleft()
             deliver(letter)
+
+
+class Box(Generic[T]):
+    """What has come for one reader. It is made and read on the loop's thread; `post` may come from any.
+
+    A third of what `asyncio.Queue` does for each item: nothing is bounded, joined or read by several.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._mailbox = mailbox_of(self._loop)
+        self._items: deque[T] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def post(self, item: T) -> None:
+        self._mailbox.post(self._put, item)
+
+    async def get(self) -> T:
+        """The next item, in the order of posting."""
+        while not self._items:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        return self._items.popleft()
+
+    def _put(self, item: T) -> None:
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 _mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()

@@ -133,6 +133,7 @@ class _Outer:
                 message["headers"] = [*message["headers"], (b"x-request-id", identity.encode())]
             await send(message)
 
+        scope["duomo.send"] = send  # for the pieces of a stream, past what looks at the first message alone
         try:
             await self._app(scope, receive, send_with_id)
         finally:

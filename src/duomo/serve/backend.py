@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from msgspec import Struct
+
 from duomo.engine.request import ExpertTrace, FinishReason, SamplingParams, ThinkingMode, Usage
 from duomo.processing.messages import Message, Tool
 
@@ -56,9 +58,11 @@ class TokenInfo:
     top: tuple[tuple[str, float, bytes], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What came next in choice `index`; `usage` is the choice's so far. The last has `finish_reason`."""
+class Piece(Struct, frozen=True):
+    """What came next in choice `index`; `usage` is the choice's so far. The last has `finish_reason`.
+
+    There is one for every token: a Struct is made in a tenth of a frozen dataclass's time.
+    """
 
     index: int = 0
     text: str = ""

@@ -10,6 +10,7 @@ import base64
 import time
 from collections.abc import AsyncIterator
 
+import msgspec
 from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
@@ -125,10 +126,17 @@ async def chunks(
     created, name = int(time.time()), call.model or server.model_name
     shown = _shows_reasoning(call)
     wants = call.stream_options or schema.StreamOptions(include_usage=False)
+    is_plain = not (wants.continuous_usage_stats or call.return_token_ids)
+    before, after = _around_text(
+        schema.ChatChunk(job.id, created, name, [], None if wants.include_usage else UNSET)
+    )
     spent, mode, opened = Spent(), None, set[int]()
     async for piece in pieces:
         spent.add(piece)
         mode = piece.thinking or mode
+        if is_plain and 0 in opened and _is_text_alone(piece):  # nearly every piece is
+            yield before + msgspec.json.encode(piece.text) + after
+            continue
         choice = _chunk_choice(call, job, piece, shown)
         chunk = schema.ChatChunk(job.id, created, name, [choice])
         if wants.include_usage:
@@ -150,6 +158,23 @@ async def chunks(
 
 
 _NOTHING = schema.Delta()
+
+
+def _is_text_alone(piece: Piece) -> bool:
+    """Of choice 0, and nothing else with it that a client is told."""
+    told = piece.index or piece.reasoning or piece.tools or piece.logprobs or piece.experts
+    return bool(piece.text) and not told and piece.finish_reason is None
+
+
+def _around_text(chunk: schema.ChatChunk) -> tuple[bytes, bytes]:
+    """The bytes of such a piece's event before and after its text: only that is encoded for each."""
+    mark = "\0"
+    choice = schema.ChunkChoice(0, schema.Delta(content=mark))
+    whole = event(msgspec.structs.replace(chunk, choices=[choice]))
+    before, _, after = whole.rpartition(
+        msgspec.json.encode(mark)
+    )  # a model may be called so, and comes first
+    return before, after
 
 
 def _chunk_choice(call: schema.ChatRequest, job: Job, piece: Piece, shown: bool) -> schema.ChunkChoice:

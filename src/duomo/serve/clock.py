@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 
-from duomo.engine.mailbox import mailbox_of
+from duomo.engine.mailbox import Box
 from duomo.engine.request import Usage
 from duomo.serve.backend import Job, Piece
 from duomo.serve.scripted import Scripted
@@ -24,25 +24,24 @@ class Clock(Scripted):
     def __init__(self, step_s: float = 0.02, max_model_len: int = 4096) -> None:
         super().__init__(max_model_len=max_model_len)
         self._step_s, self._loop = step_s, asyncio.get_running_loop()
-        self._mailbox = mailbox_of(self._loop)  # the way of the real engine's outputs
-        self._arrivals: dict[str, asyncio.Queue[int]] = {}
+        self._arrivals: dict[str, Box[int]] = {}  # the way of the real engine's outputs
         threading.Thread(target=self._beat, name="duomo-clock", daemon=True).start()
 
     def _beat(self) -> None:
         while not self._loop.is_closed() and self.is_alive:
             time.sleep(self._step_s)
             now = time.monotonic_ns()
-            for queue in list(self._arrivals.values()):
-                self._mailbox.post(queue.put_nowait, now)
+            for box in list(self._arrivals.values()):
+                box.post(now)
 
     async def _speak(self, job: Job) -> AsyncIterator[Piece]:
         count, arrived = self._count(job), time.monotonic_ns()
-        queue = self._arrivals[job.id] = asyncio.Queue()
+        box = self._arrivals[job.id] = Box()
         self._hurried[job.id] = False
         most = job.params.max_tokens or 16
         try:
             for made in range(1, most + 1):
-                now = await queue.get()
+                now = await box.get()
                 text = f"{arrived} {now} " if made == 1 else f"{now} "
                 yield Piece(text=text, token_ids=(made,), usage=Usage(count.prompt_tokens, made))
             yield Piece(finish_reason="length", usage=Usage(count.prompt_tokens, most), thinking="off")

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from duomo.engine.request import Usage
 
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_MOST_GAPS = 4096
 _TOKENS = (1, 8, 32, 128, 512, 2048, 8192, 32768, 131072)
 _GAUGES = {
     "running": ("vllm:num_requests_running", "Requests being computed."),
@@ -42,6 +43,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._model = model_name
         self._engine_seen: dict[str, float] = {}
+        self._gaps: list[float] = []
         self._gauges = {key: self._gauge(*row) for key, row in _GAUGES.items()}
         self._engine = {key: self._counter(*row) for key, row in _ENGINE_COUNTERS.items()}
         self._resident = Gauge(
@@ -68,8 +70,20 @@ class Metrics:
         self.prompt_size = self._histogram("vllm:request_prompt_tokens", "Prompt tokens a request.", _TOKENS)
         self.answer_size = self._histogram("vllm:request_generation_tokens", "Tokens a request.", _TOKENS)
 
+    def token_after(self, seconds: float) -> None:
+        """One more time between tokens; it is sorted into its bucket when somebody asks, not now."""
+        self._gaps.append(seconds)
+        if len(self._gaps) >= _MOST_GAPS:
+            self._sort_gaps()
+
+    def _sort_gaps(self) -> None:
+        gaps, self._gaps = self._gaps, []
+        for gap in gaps:
+            self.between.observe(gap)
+
     def exposition(self, now: Mapping[str, float]) -> bytes:
         """The text of /metrics, with the backend's numbers of this moment."""
+        self._sort_gaps()
         for key, gauge in self._gauges.items():
             gauge.set(now.get(key, 0.0))
         for key, value in now.items():
@@ -114,7 +128,7 @@ class Watch:
     def token(self) -> None:
         now = time.perf_counter()
         if self._last:
-            self._metrics.between.observe(now - self._last)
+            self._metrics.token_after(now - self._last)
         else:
             self._metrics.first_token.observe(now - self._start)
         self._last = now

@@ -62,6 +62,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        send = scope.get("duomo.send", send)
         tasks = [
             asyncio.ensure_future(job) for job in (self._pump(send), self._watch(send), disconnected(receive))
         ]
@@ -138,7 +139,7 @@ async def first_or_late(items: AsyncIterator[T], patience_s: float) -> AsyncIter
     done, _ = await asyncio.wait([first], timeout=patience_s)
     if done and not isinstance(first.exception(), _Empty):
         first.result()
-    return _chained(first, items)
+    return _Chained(first, items)
 
 
 async def _anext(items: AsyncIterator[T]) -> T:
@@ -153,19 +154,29 @@ class _Empty(Exception):
     pass
 
 
-async def _chained(first: asyncio.Task[T], items: AsyncIterator[T]) -> AsyncIterator[T]:
-    try:
+class _Chained(AsyncIterator[T]):
+    """The task's item, then `items` as they are: no frame of ours stands between them and their reader."""
+
+    def __init__(self, first: asyncio.Task[T], items: AsyncIterator[T]) -> None:
+        self._first, self._items, self._is_begun = first, items, False
+
+    def __anext__(self) -> Awaitable[T]:
+        if self._is_begun:
+            return self._items.__anext__()
+        self._is_begun = True
+        return self._begin()
+
+    async def _begin(self) -> T:
         try:
-            yield await first
+            return await self._first
         except _Empty:
-            return
-        async for item in items:
-            yield item
-    finally:
-        first.cancel()
+            raise StopAsyncIteration from None
+
+    async def aclose(self) -> None:
+        self._first.cancel()
         with suppress(BaseException):
-            await first
-        await closed(items)
+            await self._first
+        await closed(self._items)
 
 
 async def closed(items: AsyncIterator[Any]) -> None:

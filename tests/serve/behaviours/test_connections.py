@@ -140,6 +140,50 @@ def test_G_what_is_no_http_gets_an_envelope(server):
     assert server.client.get("/version").status_code == 200
 
 
+@pytest.mark.parametrize("piece", [700, 200_000])
+def test_G_a_head_that_goes_on_is_cut_off(server, piece):
+    """In one line or in many, in one packet or in several, before it has an end."""
+    for lines in (b"X-Long: " + b"x" * 400_000, b"X-Short: xxxx\r\n" * 30_000):
+        with connect(server) as raw, contextlib.suppress(ConnectionError):
+            sent = b"GET /version HTTP/1.1\r\nHost: localhost\r\n" + lines
+            for start_of in range(0, len(sent), piece):
+                raw.sendall(sent[start_of : start_of + piece])
+            raw.settimeout(5)  # no end was sent: only a server that gives up answers
+            assert everything(raw).startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.parametrize("pause", [False, True])
+def test_G_an_offer_of_another_protocol_is_not_taken_up(server, pause):
+    """As Java's client and `curl --http2` make it: the body is read, and the connection goes on."""
+    offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAAP__")
+    with connect(server) as raw:
+        raw.sendall(head(server, BODY, *offer) + BODY[: 30 if pause else None])
+        if pause:
+            time.sleep(0.1)
+            raw.sendall(BODY[30:])
+        said = b""
+        while b"data: [DONE]" not in said:
+            said += raw.recv(65536)
+        raw.sendall(head(server, BODY, "Connection: close") + BODY)
+        then = everything(raw)
+    assert said.startswith(b"HTTP/1.1 200") and b"HTTP/1.1 200" in then and b"data: [DONE]" in then
+    with connect(server) as raw:
+        raw.sendall(b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org:443\r\n\r\n")
+        assert everything(raw).startswith(b"HTTP/1.1 400")
+
+
+def test_G_a_body_in_chunks_is_read_and_two_lengths_are_refused(server):
+    start = head(server, BODY, "Connection: close")
+    chunked = start.replace(b"Content-Length: %d" % len(BODY), b"Transfer-Encoding: chunked")
+    body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (BODY[:9], BODY[9:])) + b"0\r\n\r\n"
+    both = start.replace(b"\r\n\r\n", b"\r\nTransfer-Encoding: chunked\r\n\r\n")
+    twice = start.replace(b"\r\n\r\n", b"\r\nContent-Length: 3\r\n\r\n")
+    for sent, status in ((chunked + body, b"200"), (both + body, b"400"), (twice + BODY, b"400")):
+        with connect(server) as raw:
+            raw.sendall(sent)
+            assert everything(raw).startswith(b"HTTP/1.1 " + status)
+
+
 def test_G_a_client_that_leaves_while_sending_is_no_failure_of_ours(start, caplog):
     server = start()
     with connect(server) as raw:
