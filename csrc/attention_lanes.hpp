@@ -50,16 +50,40 @@ void widen(const CacheSide& side, int64_t group, const int64_t* slots, int64_t c
     }
 }
 
+// The products of one key, still in lanes.
+inline F32x16 lanes_of(const float* query, const float* key, int64_t head_dim) {
+    F32x16 sum = {}, more = {};
+    int64_t h = 0;
+    for (; h + 32 <= head_dim; h += 32) {
+        sum += load_as<F32x16>(query + h) * load_as<F32x16>(key + h);
+        more += load_as<F32x16>(query + h + 16) * load_as<F32x16>(key + h + 16);
+    }
+    if (h < head_dim) sum += load_as<F32x16>(query + h) * load_as<F32x16>(key + h);
+    return sum + more;
+}
+
+// Lanes whose number has the bit `half` get b's lane plus the one `half` away, the others a's: the additions of the fold
+// in `score`, for two keys at once.
+template <int half>
+inline F32x16 join(F32x16 a, F32x16 b) {
+    constexpr I32x16 own = kIndex + ((kIndex & half) != 0 ? I32x16{} + 16 : I32x16{});
+    return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, own ^ half);
+}
+
 void score(const float* query, const float* keys, int64_t head_dim, int64_t count, float scale, float* scores) {
-    for (int64_t i = 0; i < count; ++i, keys += head_dim) {
-        F32x16 sum = {}, more = {};
-        int64_t h = 0;
-        for (; h + 32 <= head_dim; h += 32) {
-            sum += load_as<F32x16>(query + h) * load_as<F32x16>(keys + h);
-            more += load_as<F32x16>(query + h + 16) * load_as<F32x16>(keys + h + 16);
-        }
-        if (h < head_dim) sum += load_as<F32x16>(query + h) * load_as<F32x16>(keys + h);
-        sum += more;
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16, keys += 16 * head_dim) {
+        F32x16 sums[8];
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; ++k)
+            sums[k] = join<8>(lanes_of(query, keys + k * head_dim, head_dim),
+                              lanes_of(query, keys + (k + 8) * head_dim, head_dim));
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) sums[k] = join<4>(sums[k], sums[k + 4]);
+        store(scores + i, join<1>(join<2>(sums[0], sums[2]), join<2>(sums[1], sums[3])) * scale);
+    }
+    for (; i < count; ++i, keys += head_dim) {
+        F32x16 sum = lanes_of(query, keys, head_dim);
         for (int half = 8; half >= 1; half /= 2) sum = sum + __builtin_shuffle(sum, kIndex ^ half);
         scores[i] = scale * sum[0];
     }

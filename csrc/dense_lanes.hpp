@@ -133,7 +133,9 @@ inline void store_panels(const DenseProduct& p, int64_t row, int64_t t, const F3
         const F32x16 bias = p.bias ? load_part(p.bias + row, count) : F32x16{};
         for (int j = 0; j < T; ++j) {
             const F32x16 all = p.bias ? sums[j * P + i] + bias : sums[j * P + i];
-            std::memcpy(p.y + (t + j) * p.rows + row, &all, size_t(count) * 4);
+            float* y = p.y + (t + j) * p.rows + row;
+            if (count == kLanes) std::memcpy(y, &all, sizeof all);  // of fixed size: a register, no call
+            else std::memcpy(y, &all, size_t(count) * 4);
         }
     }
 }
