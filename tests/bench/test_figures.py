@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from duomo.bench.engine import measure_throughput
-from duomo.bench.report import Row, percentiles, summarize, text_table, write_report
+from duomo.bench.report import Row, percentiles, summarize, text_table, why_nothing, write_report
 from duomo.bench.workload import Workload, read_prompts
 from duomo.engine.scripted import always
 from duomo.errors import ConfigError
@@ -28,6 +28,7 @@ def test_figures_of_rows_known_by_hand() -> None:
     assert (figures["requests"], figures["failed"], figures["output_tokens"]) == (3, 1, 5)
     assert figures["input_tokens_per_s"] == 8 and figures["first_token_ms"]["p50"] == pytest.approx(200)
     assert percentiles([]) == {} and "HTTP" not in text_table([figures])
+    assert why_nothing(rows) == "" and why_nothing(rows[2:]) == "HTTP 503"
 
 
 def test_a_run_counts_every_token_and_is_written_down(tmp_path: Path) -> None:
@@ -49,6 +50,7 @@ def test_a_run_counts_every_token_and_is_written_down(tmp_path: Path) -> None:
 def test_workloads_are_seeded_and_pictures_are_pictures(tmp_path: Path) -> None:
     work = Workload(pictures=1, picture_px=(56, 84), prompts=("a", "b"))
     assert work.messages(1) == work.messages(1) != work.messages(3)
+    assert work.messages(-1) != work.messages(0)  # the warm-up's
     assert [work.messages(i)[0].text for i in range(3)] == ["a", "b", "a"]
     assert Workload(input_tokens=12).ids(0, 4096) != Workload(input_tokens=12).ids(1, 4096)
     (tmp_path / "empty").write_text("\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -67,6 +68,14 @@ def summarize(rows: Sequence[Row], wall_s: float, **facts: Any) -> dict[str, Any
     }
 
 
+def why_nothing(rows: Sequence[Row]) -> str:
+    """The commonest error where no request was answered, else ""."""
+    if any(not row.error and row.token_times_s for row in rows):
+        return ""
+    errors = Counter(row.error or "an answer without a token" for row in rows)
+    return errors.most_common(1)[0][0] if errors else "nothing was asked"
+
+
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     """p50, p95 and p99 in milliseconds; {} where nothing was measured."""
     if not seconds:
@@ -91,9 +100,12 @@ def _plot(path: Path, runs: Sequence[tuple[dict[str, Any], Sequence[Row]]]) -> N
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5))
+    for axis in (left, right):
+        for share in (0.5, 0.95, 0.99):
+            axis.axhline(share, color="0.85", linewidth=0.8, zorder=0)
     for figures, rows in runs:
         good = [row for row in rows if not row.error and row.token_times_s]
-        label = str(figures.get("label", ""))
+        label = f"{figures.get('label', '')}, {figures['output_tokens_per_s']:.0f} tokens/s".lstrip(", ")
         for axis, values in (
             (left, [row.first_s for row in good]),
             (right, [gap for row in good for gap in row.gaps_s]),
@@ -102,8 +114,7 @@ def _plot(path: Path, runs: Sequence[tuple[dict[str, Any], Sequence[Row]]]) -> N
             axis.step(ordered, np.arange(1, len(ordered) + 1) / max(1, len(ordered)), label=label)
     left.set(xlabel="time to the first token, ms", ylabel="share of requests")
     right.set(xlabel="between tokens, ms", ylabel="share of tokens")
-    if any(figures.get("label") for figures, _ in runs):
-        left.legend()
+    right.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -111,18 +122,18 @@ def _plot(path: Path, runs: Sequence[tuple[dict[str, Any], Sequence[Row]]]) -> N
 
 def text_table(runs: Sequence[dict[str, Any]]) -> str:
     """The figures people look for first, one line a run."""
-    titles = ("run", "out tok/s", "in tok/s", "first p50/p99 ms", "gap p50/p99 ms", "failed")
+    titles = ("run", "out tok/s", "in tok/s", "first p50/p95/p99 ms", "gap p50/p95/p99 ms", "failed")
     lines = [_line(titles)]
     for run in runs:
         rates = f"{run['output_tokens_per_s']:.1f}", f"{run['input_tokens_per_s']:.1f}"
-        times = _pair(run["first_token_ms"]), _pair(run["between_tokens_ms"])
+        times = _three(run["first_token_ms"]), _three(run["between_tokens_ms"])
         lines.append(_line((str(run.get("label", "")), *rates, *times, str(run["failed"]))))
     return "\n".join(lines)
 
 
-def _pair(values: dict[str, float]) -> str:
-    return f"{values['p50']:.1f} / {values['p99']:.1f}" if values else "-"
+def _three(values: dict[str, float]) -> str:
+    return " / ".join(f"{values[p]:.1f}" for p in ("p50", "p95", "p99")) if values else "-"
 
 
 def _line(cells: Sequence[str]) -> str:
-    return " ".join(cell.rjust(width) for cell, width in zip(cells, (14, 10, 10, 18, 18, 6), strict=True))
+    return " ".join(cell.rjust(width) for cell, width in zip(cells, (14, 10, 10, 24, 24, 6), strict=True))

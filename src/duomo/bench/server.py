@@ -1,7 +1,8 @@
 """Any OpenAI-compatible server measured from outside, over HTTP, as its users see it.
 
 Requests arrive by a Poisson process of the given rate, or all at once up to a concurrency. Output tokens are
-the server's own count from `usage`; pieces of the stream give the times.
+the server's own count from `usage`; pieces of the stream give the times. A piece has the tokens whose ids it
+carries (`return_token_ids`); where a server gives no ids, a piece of text counts as one token.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ async def _one(client: httpx.AsyncClient, url: str, workload: Workload, model: s
         "max_tokens": workload.output_tokens,
         "temperature": 0,
         "ignore_eos": True,
+        "return_token_ids": True,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
@@ -85,9 +87,11 @@ def _take(row: Row, event: dict[str, Any]) -> None:
         row.error = str(event["error"])
     for choice in event.get("choices", ()):
         delta = choice.get("delta") or {}
-        if delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning"):
+        has_text = delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning")
+        count = len(choice.get("token_ids") or ()) or bool(has_text)
+        if count:
             row.token_times_s.append(time.perf_counter())
-            row.token_counts.append(1)
+            row.token_counts.append(int(count))
     usage = event.get("usage")
     if usage:
         row.input_tokens, row.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]

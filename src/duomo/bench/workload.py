@@ -35,8 +35,8 @@ class Workload:
         return [draw.randrange(300, max(301, vocab_size * 9 // 10)) for _ in range(self.input_tokens)]
 
     def messages(self, index: int) -> list[Message]:
-        """Request `index` as a user's turn: its pictures, then its words."""
-        parts = [_picture(self.seed * 7919 + index * 31 + i, *self.picture_px) for i in range(self.pictures)]
+        """Request `index`, -1 for a warm-up, as a user's turn: its pictures, then its words."""
+        parts = [_picture((self.seed, index + 1, i), *self.picture_px) for i in range(self.pictures)]
         words = self.prompts[index % len(self.prompts)] if self.prompts else _words(self, index)
         return [Message.of("user", *parts, words)]
 
@@ -57,7 +57,7 @@ def _words(workload: Workload, index: int) -> str:
     return " ".join(str(draw.randrange(10, 100)) for _ in range(max(1, workload.input_tokens // 3)))
 
 
-def _picture(seed: int, width: int, height: int) -> ImagePart:
+def _picture(seed: tuple[int, int, int], width: int, height: int) -> ImagePart:
     from PIL import Image
 
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

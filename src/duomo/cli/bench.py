@@ -66,14 +66,18 @@ def serve(
     concurrency: Annotated[int, typer.Option(min=1)] = 8,
     rate: Annotated[float | None, typer.Option(help="Arrivals a second, in place of a concurrency.")] = None,
     name: Annotated[str, typer.Option("--model-name", help="The model's name in requests.")] = "default",
+    api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token.")] = None,
     out: Folder = Path("bench"),
 ) -> None:
     """Any OpenAI-compatible server, from outside."""
-    from duomo.bench.report import text_table, write_report
+    from duomo.bench.report import text_table, why_nothing, write_report
     from duomo.bench.server import measure_server
+    from duomo.errors import EngineError
 
     work = _workload(requests, input_tokens, output_tokens, pictures, picture_px, prompts)
-    runs = measure_server(url, work, model=name, concurrency=concurrency, rate_per_s=rate)
+    runs = measure_server(url, work, model=name, concurrency=concurrency, rate_per_s=rate, api_key=api_key)
+    if reason := why_nothing(runs[0][1]):
+        raise EngineError(f"{url} answered none of {requests} requests: {reason}", reason=reason)
     print(text_table([figures for figures, _ in runs]))
     print(write_report(out, "serve", runs))
 
