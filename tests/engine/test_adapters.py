@@ -13,16 +13,19 @@ from safetensors.torch import load_file, save_file
 
 from duomo.checkpoints.adapters import read_adapter
 from duomo.checkpoints.names import pt_entries, pt_shapes
+from duomo.engine.engine import build_engine, run_all
 from duomo.engine.request import SamplingParams
+from duomo.engine.runner import ModelRunner
 from duomo.errors import ConfigError, CorruptFile, MissingTensor, ShapeMismatch, UnexpectedTensor
 from duomo.llm import LLM
 from duomo.model import Ernie, ModelConfig, build_batch
 from duomo.model.attention import PackedCausal
+from duomo.model.experts import Router
 from duomo.model.lowrank import adapted
 from duomo.train.lora import LoraPlan, adapters_of, attach, merge
 from duomo.train.peft import save_adapter
 from tests.engine.checkpoint import ask, write_checkpoint
-from tests.engine.worlds import MODEL, answers, engine, picture_request, text_request
+from tests.engine.worlds import MODEL, VOCABULARY, answers, engine, picture_request, text_request
 from tests.tiny import TINY, tiny_model
 
 SCALE = 1.5
@@ -115,6 +118,32 @@ def test_each_request_of_a_mixed_batch_gets_what_it_gets_alone(folders: list[Pat
     assert answers(own, requests) == expected
     assert own.scheduler.num_preemptions > 0
     assert len({tuple(ids) for ids in expected.values()}) == 12
+
+
+def test_a_mixed_batch_in_bfloat16_scores_as_merged_weights_do(folders: list[Path]) -> None:
+    """Prompts of different adapters in the same steps, against fp32 models with each adapter merged in."""
+    params = SamplingParams(temperature=0, max_tokens=1, thinking="off", prompt_logprobs=0)
+    model = tiny_model().bfloat16()
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.float()  # as a loaded checkpoint has it
+    runner = ModelRunner(model, 64, 8, "bfloat16")
+    own = build_engine(runner, VOCABULARY, num_pages=64, page_size=8, max_step_tokens=50)
+    names = ["", "a0", "a1", "a2"]
+    for name, folder in zip(names[1:], folders, strict=True):
+        own.load_adapter(name, folder)
+    asked = [text_request(f"r{i}", i, 20, params=params, adapter=names[i % 4]) for i in range(8)]
+    outputs = run_all(own, asked)
+    oracles = [tiny_model(), *(merged(tiny_model(), folder) for folder in folders)]
+    for i, request in enumerate(asked):
+        pieces = [entry for output in outputs[request.request_id] for entry in output.prompt_logprobs]
+        found = torch.tensor([entry.logprob for entry in pieces[1:] if entry is not None])
+        ids, off = list(request.ids), []
+        for model in oracles:
+            with torch.inference_mode():
+                logs = model.unembed(hidden(model, ids)).log_softmax(-1)
+            off.append(float((found - logs[range(19), ids[1:]]).abs().mean()))
+        assert len(found) == 19 and off[i % 4] == min(off) < 0.05 < sorted(off)[1]
 
 
 def test_prefixes_are_shared_within_an_adapter_alone(folders: list[Path]) -> None:

@@ -65,7 +65,19 @@ def test_every_kind_of_packed_module_has_its_twin(stored, folder):
     assert kinds == {AdaptedBank, AdaptedAttention, AdaptedMLP, AdaptedLinear}
 
 
-def test_bfloat16(stored, folder):
+def test_in_bfloat16_a_mixed_batch_has_the_values_of_merged_weights(stored, folder):
+    """Text and vision tokens of two prompts; merged in fp32 is the oracle, bf16's rounding the distance."""
     model = build_packed(CONFIG, stored.items(), torch.bfloat16)
+    plain = hidden(model, IDS)
     put(model, adapted(model, read_adapter(folder, CONFIG, torch.bfloat16)))
-    assert hidden(model, IDS).dtype == torch.bfloat16
+    found, expected = hidden(model, IDS), hidden(merged(unpacked(stored), folder), IDS)
+    assert found.dtype == torch.bfloat16
+    assert distance(found, expected) < 0.1 < distance(plain, expected)
+    for row, (own, wanted) in enumerate(zip(found, expected, strict=True)):
+        assert distance(own, wanted) < 0.2, f"row {row}, which no other may outweigh"
+    assert torch.equal(found, torch.cat([hidden(model, [ids]) for ids in IDS])), "alone and together"
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative."""
+    return float((found.float() - expected).norm() / expected.norm())
