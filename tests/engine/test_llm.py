@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,6 +202,31 @@ def test_a_grammar_binds_the_answer_and_not_the_thinking(tokenizer: Tokenizer) -
         assert isinstance(json.loads(whole.text)["a"], bool)
         with pytest.raises(GrammarError):
             llm.chat(ASK, thinking(constraint=Constraint("regex", "(")))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("kind", "value", "shape"),
+    [
+        ("regex", "(cat|mat)( sat){1,3}[.!]", r"(cat|mat)( sat){1,3}[.!]"),
+        ("grammar", 'start: word ("," word)*\nword: "yes" | "no"', r"(yes|no)(,(yes|no))*"),
+        ("choice", '["hello world", "猫"]', "hello world|猫"),
+        ("json_object", "", r"\{.*\}"),
+    ],
+)
+def test_a_constraint_holds_at_any_temperature(
+    tokenizer: Tokenizer, kind: str, value: str, shape: str, seed: int
+) -> None:
+    """The script's row is nearly flat at temperature 2, so everything that is allowed may be drawn."""
+    params = SamplingParams(temperature=2.0, seed=seed, thinking="on", max_tokens=300,
+                            constraint=Constraint(kind, value), thinking_budget=5)  # type: ignore[arg-type]  # fmt: skip
+    with saying(tokenizer, "the cat", "</think>", "hello world") as llm:
+        whole = same(llm, params)
+    assert whole.finish_reason == "length" or re.fullmatch(shape, whole.text, re.DOTALL), whole.text
+    if kind != "json_object":
+        assert whole.finish_reason == "stop"
+    elif whole.finish_reason == "stop":
+        assert isinstance(json.loads(whole.text), dict)
 
 
 def test_n_choices_and_their_usage(tokenizer: Tokenizer) -> None:
