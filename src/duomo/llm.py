@@ -167,7 +167,9 @@ class LLM:
     @property
     def residency(self) -> Residency | None:
         """The packed weights of an engine in this process; `residency_report` works everywhere."""
-        return getattr(getattr(self.engine, "runner", None), "residency", None)
+        from duomo.engine.engine import Engine
+
+        return self.engine.residency if isinstance(self.engine, Engine) else None
 
     # ---- whole answers ----
 
@@ -276,7 +278,7 @@ class LLM:
             if len(question.options) < 2:
                 raise ConfigError("a question needs at least two options")
             last = messages[-1]
-            turn = replace(last, parts=(*last.parts, *Message.of("user", question.text).parts))
+            turn = replace(last, parts=(*last.parts, *question.lead, TextPart(question.text)))
             prompt, _ = self._prompt([*messages[:-1], turn], (), is_thinking=False)
             waiting.append([self._score(prompt, option) for option in question.options])
         return [

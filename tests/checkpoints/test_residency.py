@@ -113,6 +113,18 @@ def test_a_picture_is_read_ahead(model: Ernie) -> None:
     assert residency.report()["vision tower"]["idle_s"] is not None
 
 
+def test_gauges_ask_the_system_once_a_second(model: Ernie, monkeypatch: pytest.MonkeyPatch) -> None:
+    from duomo.checkpoints import residency as module
+
+    now, asked = [0.0], []
+    residency = Residency(model, clock=lambda: now[0])
+    monkeypatch.setattr(module, "mapped_bytes", lambda ranges: asked.append(ranges) or len(asked))
+    first = residency.gauges()
+    assert len(asked) == len(residency.pools) and residency.gauges() == first
+    now[0] = module.HELD_S
+    assert residency.gauges() != first and len(asked) == 2 * len(residency.pools)
+
+
 def test_memory_outside_files_is_never_let_go() -> None:
     """Anonymous memory that is let go comes back as zeros: a copy of weights would be lost."""
     copy = np.full(8 * PAGE, 7, np.uint8)

@@ -63,6 +63,7 @@ class ShadowRunner:
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.page_size = page_size
         self.adapters = ShadowAdapters()
+        self.residency = None
         self.slots: list[tuple[int, int, bytes] | None] = [None] * (num_pages * page_size)
         self.swapped: dict[str, list[tuple[int, int, bytes] | None]] = {}
 

@@ -100,3 +100,34 @@ def test_decisions_answer_each_question_in_its_own_shape(server):
         [{"type": "score", "instructions": "x", "levels": []}],
     ):
         assert server.client.post("/v1/decisions", json={**body, "questions": wrong}).status_code == 400
+
+
+def test_decisions_take_pictures_in_instructions_and_calls_of_custom_tools(start):
+    server = start()
+    image = {"type": "input_image", "image_url": picture_url(), "detail": "low"}
+    text = lambda said: {"type": "input_text", "text": said}  # noqa: E731
+    questions = [
+        {"type": "predicate", "instructions": [text("Like this"), image, text("or not?"), text("Think.")]},
+        {"type": "predicate", "instructions": [image]},
+        {"type": "predicate", "instructions": [text("Is it"), text("red?")]},
+    ]
+    turns = [
+        {"role": "user", "content": "Look at it."},
+        {"type": "custom_tool_call", "call_id": "c1", "name": "look", "input": "the door"},
+        {"type": "custom_tool_call_output", "call_id": "c1", "output": [text("a door"), image]},
+        {"role": "user", "content": "Well?"},
+    ]
+    got = server.client.post("/v1/decisions", json={"input": turns, "questions": questions})
+    assert got.status_code == 200, got.text
+    first, second, third = server.backend.questions
+    assert [type(part).__name__ for part in first.lead] == ["TextPart", "ImagePart"]
+    assert first.lead[0].text == "Like this" and first.text == "or not?\nThink.\nAnswer Yes or No."
+    assert len(second.lead) == 1 and second.text == "\nAnswer Yes or No."
+    assert not third.lead and third.text == "Is it\nred?\nAnswer Yes or No."
+    many = [{"type": "predicate", "instructions": [image] * 9}] * 2
+    refused = server.client.post("/v1/decisions", json={"input": "x", "questions": many})
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "too_many_media"
+    broken = [{"type": "predicate", "instructions": [{**image, "image_url": "data:image/png;base64,AAAA"}]}]
+    for wrong, status in ((broken, 415), ([{"type": "predicate", "instructions": [{"type": "x"}]}], 400)):
+        body = {"input": "x", "questions": wrong}
+        assert server.client.post("/v1/decisions", json=body).status_code == status

@@ -175,6 +175,22 @@ def test_decisions_about_a_picture_sum_to_one(real):
     assert 0 <= how["score"] <= 3
 
 
+def test_a_picture_in_instructions_changes_the_decision(real):
+    ask = {"type": "input_text", "text": "Is the first like this one?"}
+
+    def probability(width):
+        part = {"type": "input_image", "image_url": picture_url(width=width, height=60)}
+        body = {
+            "input": [{"role": "user", "content": [{"type": "input_image", "image_url": picture_url()}]}],
+            "questions": [{"type": "predicate", "instructions": [part, ask]}],
+        }
+        got = real.client.post("/v1/decisions", json=body)
+        assert got.status_code == 200, got.text
+        return got.json()["answers"][0]["probability"]
+
+    assert probability(60) == probability(60) != probability(120)
+
+
 def test_an_application_is_made_of_an_open_llm(real):
     from duomo import create_app
 

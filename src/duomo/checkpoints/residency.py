@@ -29,6 +29,7 @@ from duomo.model.packed_layers import PackedExperts
 from duomo.trellis import TrellisBank
 
 EXPERT_PARTS = ("text experts", "vision experts")
+HELD_S = 1.0
 PRESSED_IDLE_S = 10.0
 """Idle pools go this soon when the machine is short of memory."""
 
@@ -67,6 +68,8 @@ class Residency:
         self.hot: HotExperts | None = None  # under a cap
         self.cap_bytes: int | None = None
         self.num_let_go = 0
+        self._held_at: float | None = None
+        self._held: dict[str, int] = {}
         for name, module in model.named_modules():
             part = part_of(f"{name}.weight")
             for array in _arrays(module):
@@ -152,10 +155,7 @@ class Residency:
 
     def gauges(self) -> dict[str, int]:
         """`resident_text_experts_bytes` and so on: what this process holds; and the cap's work."""
-        values = {
-            f"resident_{pool.name.replace(' ', '_')}_bytes": _held(pool.ranges)
-            for pool in self.pools.values()
-        }
+        values = dict(self._held_bytes())
         values["pools_let_go"] = self.num_let_go
         if self.hot is not None and self.cap_bytes is not None:
             values |= {
@@ -166,6 +166,17 @@ class Residency:
                 "expert_misses": self.hot.num_misses,
             }
         return values
+
+    def _held_bytes(self) -> dict[str, int]:
+        """Asked of the system once a second at most: it answers for every page, two millions of the 28B."""
+        now = self._clock()
+        if self._held_at is None or now - self._held_at >= HELD_S:
+            self._held_at = now
+            self._held = {
+                f"resident_{pool.name.replace(' ', '_')}_bytes": _held(pool.ranges)
+                for pool in self.pools.values()
+            }
+        return self._held
 
     def routing_counts(self) -> dict[str, list[int]]:
         """How often each expert of each bank was chosen since the start."""

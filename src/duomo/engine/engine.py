@@ -15,6 +15,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from duomo.checkpoints.residency import Residency
 from duomo.engine.answer import Answer
 from duomo.engine.pages import PagePool
 from duomo.engine.request import (
@@ -133,16 +134,19 @@ class Engine:
     def adapters(self) -> list[str]:
         return self.runner.adapters.names()
 
+    @property
+    def residency(self) -> Residency | None:
+        """The packed weights of the model; None where weights are plain."""
+        return self.runner.residency
+
     def residency_report(self) -> dict[str, dict[str, float | None]]:
         """By part of the model: bytes and how many are in memory. Empty where weights are plain."""
-        residency = getattr(self.runner, "residency", None)
-        return dict(residency.report()) if residency is not None else {}
+        return dict(self.residency.report()) if self.residency is not None else {}
 
     def expect_picture(self) -> None:
         """The disk begins to read what a picture needs."""
-        residency = getattr(self.runner, "residency", None)
-        if residency is not None:
-            residency.expect_picture()
+        if self.residency is not None:
+            self.residency.expect_picture()
 
     @property
     def max_model_tokens(self) -> int:
@@ -179,9 +183,8 @@ class Engine:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=30)
         self._end_all("abort", "it was closed")
-        residency = getattr(self.runner, "residency", None)
-        if residency is not None:
-            residency.close()
+        if self.residency is not None:
+            self.residency.close()
 
     @property
     def is_alive(self) -> bool:

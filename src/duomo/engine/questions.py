@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from duomo.processing.messages import Part
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -15,6 +17,7 @@ class Question:
 
     text: str
     options: tuple[str, ...] = ("Yes", "No")
+    lead: tuple[Part, ...] = ()  # what comes before the text: a picture to compare with, say
 
 
 @dataclass(frozen=True, slots=True)

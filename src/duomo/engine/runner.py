@@ -37,6 +37,11 @@ class Runner(Protocol):
     vocab_size: int
     adapters: Adapters
 
+    @property
+    def residency(self) -> Residency | None:
+        """Of packed weights; None where weights are plain."""
+        ...
+
     def execute(self, step: Step, logit_starts: Seq[int]) -> Seq[Floats | None]:
         """Logits [rows, V] of every work, from its `logit_starts` token on. None: the work has to come again,
         the same object, since weights it needs are still on their way into memory.

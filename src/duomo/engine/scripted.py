@@ -22,6 +22,7 @@ class ScriptedRunner:
     def __init__(self, script: Script, vocab_size: int, step_seconds: float = 0.0) -> None:
         self.script, self.vocab_size, self.step_seconds = script, vocab_size, step_seconds
         self.adapters = Adapters()
+        self.residency = None
         self.num_steps = self.num_tokens = 0
         self.media_encoded = 0
 

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from duomo.engine.questions import Question
 from duomo.engine.request import ExpertTrace, FinishReason, SamplingParams, ThinkingMode, Usage
 from duomo.processing.messages import Message, Tool
 
@@ -110,9 +111,9 @@ class Backend(Protocol):
     async def count(self, job: Job) -> Count: ...
 
     async def decide(
-        self, messages: tuple[Message, ...], questions: Sequence[tuple[str, tuple[str, ...]]]
-    ) -> list[tuple[str, dict[str, float], float | None]]:
-        """For each (question, options): the likeliest option, all probabilities, the mean of numbers."""
+        self, messages: tuple[Message, ...], questions: Sequence[Question]
+    ) -> list[dict[str, float]]:
+        """For each question the probability of every option."""
         ...
 
     def answer_now(self, job_id: str) -> bool:

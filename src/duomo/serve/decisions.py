@@ -1,13 +1,13 @@
 """POST /v1/decisions: predicate, choice and score questions about one input, answered from logits.
 
-The shape is that of OpenAI's Decisions (its Python and Node clients speak it), and pictures are read. All
-questions share the prefill of the input and nothing is decoded: each option's probability is read after the
-question. An option of several tokens is scored whole. The value of a score's level is its place, from 0.
+The shape is that of OpenAI's Decisions (its Python and Node clients speak it); pictures are read in the input
+and in a question's instructions. All questions share the prefill of the input and nothing is decoded: each
+option's probability is read after the question. An option of several tokens is scored whole. The value of a
+score's level is its place, from 0.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -15,26 +15,22 @@ from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
+from duomo.engine.questions import Question
 from duomo.engine.request import SamplingParams
 from duomo.serve import convert, schema
 from duomo.serve.backend import Job
 from duomo.serve.problems import Problem, invalid
-from duomo.serve.responses import turns_of
+from duomo.serve.responses import InputImage, InputJson, InputText, part_of, turns_of
 from duomo.serve.server import answers, json_response, request_id, server_of
 from duomo.serve.stream import unless_gone
 
 Word = Annotated[str, Meta(min_length=1, max_length=512)]
 
 
-class TextPart(Struct, tag="input_text", tag_field="type"):
-    text: str
-
-
-class JsonPart(Struct, tag="input_json", tag_field="type"):
-    data: schema.Object | list[schema.Object]
-
-
-Instructions = Annotated[str, Meta(min_length=1)] | Annotated[list[TextPart | JsonPart], Meta(min_length=1)]
+Instructions = (
+    Annotated[str, Meta(min_length=1)]
+    | Annotated[list[InputText | InputImage | InputJson], Meta(min_length=1)]
+)
 
 
 class Predicate(Struct, tag="predicate", tag_field="type"):
@@ -66,12 +62,12 @@ class Score(Struct, tag="score", tag_field="type"):
     name: str | None = None
 
 
-Question = Predicate | Choice | Score
+Asked = Predicate | Choice | Score
 
 
 class DecisionsRequest(Struct, kw_only=True):
     input: str | list[schema.Object]
-    questions: Annotated[list[Question], Meta(min_length=1, max_length=400)]
+    questions: Annotated[list[Asked], Meta(min_length=1, max_length=400)]
     model: str = ""
     prompt_cache_key: str | None = None
     prompt_cache_options: schema.Object | None = None
@@ -147,8 +143,17 @@ async def create(request: Request) -> Response:
         turns = [schema.ChatMessage("user", call.input)]
     else:
         turns = [turn for index, item in enumerate(call.input) for turn in turns_of(item, index)]
-    asked = [(_text(question), _words(question)) for question in call.questions]
-    messages = await convert.messages_of(schema.ChatRequest(messages=turns), server.media)
+    words = [_words(question) for question in call.questions]
+    said = [_instructions(question) for question in call.questions]
+    leads = [schema.ChatMessage("user", lead) for lead, _ in said]
+    fetched = await convert.messages_of(schema.ChatRequest(messages=[*turns, *leads]), server.media)
+    messages = fetched[: len(turns)]
+    asked = [
+        Question(_text(question, text), options, lead.parts)
+        for question, (_, text), options, lead in zip(
+            call.questions, said, words, fetched[len(turns) :], strict=True
+        )
+    ]
     identity = request_id(request, "decision-")
     server.gate.enter()
     try:
@@ -159,8 +164,8 @@ async def create(request: Request) -> Response:
     if found is None:
         raise Problem(499, "client_closed", "the client left before the answer")
     out = [
-        _answer(question, [probabilities[word] for word in words])
-        for question, (_, words), (_, probabilities, _) in zip(call.questions, asked, found, strict=True)
+        _answer(question, [probabilities[word] for word in options])
+        for question, options, probabilities in zip(call.questions, words, found, strict=True)
     ]
     tokens = count.prompt_tokens
     usage = DecisionUsage(tokens, tokens, InputDetails(image_tokens=count.image_tokens))
@@ -170,7 +175,7 @@ async def create(request: Request) -> Response:
 _NOTHING_ASKED = SamplingParams(thinking="off")
 
 
-def _answer(question: Question, shares: list[float]) -> PredicateAnswer | ChoiceAnswer | ScoreAnswer:
+def _answer(question: Asked, shares: list[float]) -> PredicateAnswer | ChoiceAnswer | ScoreAnswer:
     if isinstance(question, Predicate):
         return PredicateAnswer(question.name, shares[0])
     best = max(shares)
@@ -186,7 +191,7 @@ def _answer(question: Question, shares: list[float]) -> PredicateAnswer | Choice
     return ScoreAnswer(question.name, score, best, levels)
 
 
-def _words(question: Question) -> tuple[str, ...]:
+def _words(question: Asked) -> tuple[str, ...]:
     """What is scored for each option. Two that read the same could not be told apart."""
     if isinstance(question, Predicate):
         return ("Yes", "No")
@@ -203,10 +208,19 @@ def _labels(question: Choice | Score) -> tuple[str, ...]:
     return tuple(value if isinstance(value, str) else str(value).lower() for value in values)
 
 
-def _text(question: Question) -> str:
-    """The question as the model reads it: the instructions, then the options with what they mean."""
+def _instructions(question: Asked) -> tuple[list[schema.Content], str]:
+    """What comes before the question's last text (its pictures, and texts before them), and that text."""
     said = question.instructions
-    text = said if isinstance(said, str) else "\n".join(_part(part) for part in said)
+    if isinstance(said, str):
+        return [], said
+    parts = [part_of(part) for part in said]
+    after = next((i for i in range(len(parts), 0, -1) if not isinstance(parts[i - 1], schema.TextContent)), 0)
+    texts = [part.text for part in parts[after:] if isinstance(part, schema.TextContent)]
+    return parts[:after], "\n".join(texts)
+
+
+def _text(question: Asked, text: str) -> str:
+    """The question as the model reads it: the instructions, then the options with what they mean."""
     if isinstance(question, Predicate):
         return f"{text}\nAnswer Yes or No."
     options: Any = question.choices if isinstance(question, Choice) else question.levels
@@ -215,7 +229,3 @@ def _text(question: Question) -> str:
         for word, option in zip(_labels(question), options, strict=True)
     ]
     return "\n".join([text, "Answer with one of:", *lines])
-
-
-def _part(part: TextPart | JsonPart) -> str:
-    return part.text if isinstance(part, TextPart) else json.dumps(part.data, ensure_ascii=False)

@@ -108,11 +108,10 @@ class Model:
         return Count(usage.prompt_tokens, usage.image_tokens, usage.video_tokens)
 
     async def decide(
-        self, messages: tuple[Message, ...], questions: Sequence[tuple[str, tuple[str, ...]]]
-    ) -> list[tuple[str, dict[str, float], float | None]]:
-        asked = [Question(text, options) for text, options in questions]
-        found = await asyncio.to_thread(self.llm.decide, messages, asked)
-        return [(one.answer, one.probabilities, one.score) for one in found]
+        self, messages: tuple[Message, ...], questions: Sequence[Question]
+    ) -> list[dict[str, float]]:
+        found = await asyncio.to_thread(self.llm.decide, messages, questions)
+        return [one.probabilities for one in found]
 
     def answer_now(self, job_id: str) -> bool:
         if job_id in self._running:

@@ -69,6 +69,18 @@ class ResultItem(Struct, tag="function_call_output", tag_field="type"):
     output: str | list[Part]
 
 
+class CustomCallItem(Struct, tag="custom_tool_call", tag_field="type"):
+    """A call of a tool that takes plain text; to the model it is one with an `input`."""
+
+    call_id: str
+    name: str
+    input: str
+
+
+class CustomResultItem(ResultItem, tag="custom_tool_call_output", tag_field="type"):
+    pass
+
+
 class ReasoningItem(Struct, tag="reasoning", tag_field="type"):
     id: str = ""
     summary: list[Any] = []
@@ -145,7 +157,7 @@ class ResponseOut(Struct):
     object: Literal["response"] = "response"
 
 
-Item = InputMessage | CallItem | ResultItem | ReasoningItem
+Item = InputMessage | CallItem | ResultItem | CustomCallItem | CustomResultItem | ReasoningItem
 
 
 def chat_of(call: ResponsesRequest) -> schema.ChatRequest:
@@ -193,20 +205,21 @@ def turns_of(raw: schema.Object, index: int) -> list[schema.ChatMessage]:
         item: Any = msgspec.convert(raw, Item if "type" in raw else PlainMessage)
     except msgspec.ValidationError as error:
         raise invalid(f"input[{index}]: {error}", f"input[{index}]") from error
-    if isinstance(item, CallItem):
-        call = schema.ToolCallIn(schema.FunctionCall(item.name, item.arguments), item.call_id)
+    if isinstance(item, (CallItem, CustomCallItem)):
+        arguments = item.arguments if isinstance(item, CallItem) else {"input": item.input}
+        call = schema.ToolCallIn(schema.FunctionCall(item.name, arguments), item.call_id)
         return [schema.ChatMessage("assistant", None, tool_calls=[call])]
     if isinstance(item, ResultItem):
-        told = item.output if isinstance(item.output, str) else [_part(piece) for piece in item.output]
+        told = item.output if isinstance(item.output, str) else [part_of(piece) for piece in item.output]
         return [schema.ChatMessage("tool", told, tool_call_id=item.call_id)]
     if isinstance(item, ReasoningItem):
         return []
     if isinstance(item.content, str):
         return [schema.ChatMessage(item.role, item.content)]
-    return [schema.ChatMessage(item.role, [_part(piece) for piece in item.content])]
+    return [schema.ChatMessage(item.role, [part_of(piece) for piece in item.content])]
 
 
-def _part(piece: Part) -> schema.Content:
+def part_of(piece: Part) -> schema.Content:
     if isinstance(piece, InputImage):
         return schema.ImageContent(schema.MediaSource(piece.image_url, piece.detail))
     if isinstance(piece, InputJson):

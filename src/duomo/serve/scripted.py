@@ -13,6 +13,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from duomo.engine.questions import Question
 from duomo.engine.request import ExpertTrace, Usage
 from duomo.errors import EngineError, PromptTooLong
 from duomo.processing.messages import ImagePart, Message, VideoPart
@@ -52,13 +53,12 @@ class Scripted:
         return self._count(job)
 
     async def decide(
-        self, messages: tuple[Message, ...], questions: Sequence[tuple[str, tuple[str, ...]]]
-    ) -> list[tuple[str, dict[str, float], float | None]]:
+        self, messages: tuple[Message, ...], questions: Sequence[Question]
+    ) -> list[dict[str, float]]:
         """Always the first option, with nine tenths."""
-        return [
-            (options[0], {o: 0.9 if o == options[0] else 0.1 / (len(options) - 1) for o in options}, None)
-            for _, options in questions
-        ]
+        self.questions = list(questions)
+        shares = [(one.options, 0.1 / (len(one.options) - 1)) for one in questions]
+        return [{o: 0.9 if o == options[0] else rest for o in options} for options, rest in shares]
 
     def answer_now(self, job_id: str) -> bool:
         if job_id in self._hurried:
