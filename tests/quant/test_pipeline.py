@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from duomo.checkpoints import load_model, save_model
 from duomo.checkpoints.quantized import open_quantized
-from duomo.errors import ConfigError
+from duomo.errors import CheckpointError, ConfigError
 from duomo.model import BankConfig, Ernie, ModelConfig, SpecialIds, VisionConfig, init_weights
 from duomo.processing.patches import patchify
 from duomo.processing.prompt import Media, MediaSpan, Prompt
 from duomo.quant import quantize
 from duomo.quant.judge import compare_logits
 from duomo.train.lora import LoraPlan, attach, merge
-from duomo.trellis import IntTensor, TrellisBank, TrellisTensor
+from duomo.trellis import LCC4_12, IntTensor, TrellisBank, TrellisTensor
 from tests.checkpoints.test_layouts import to_paddle
 
 CONFIG = ModelConfig(
@@ -206,5 +206,46 @@ def test_refusals(done, source, tmp_path):
         quantize(source, done[0], "2")
     with pytest.raises(ConfigError, match=r"there are 2, 2\.3, 4, auto"):
         quantize(source, tmp_path / "x", "3")
+    with pytest.raises(ConfigError, match="lcc4-12 is a code of 4 bits"):
+        quantize(source, tmp_path / "x", "2", code=LCC4_12)
     with pytest.raises(ConfigError, match="needs a budget"):
         quantize(source, tmp_path / "x", "auto")
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.experts.2.up_proj.weight", "lm_head.weight"])
+def test_weights_that_are_not_finite_are_refused_by_name(source, tmp_path, name):
+    shutil.copytree(source, tmp_path / "damaged")
+    tensors = load_file(tmp_path / "damaged/model.safetensors")
+    name = name if name in tensors else "model.embed_tokens.weight"
+    tensors[name][3, 1] = torch.inf
+    save_file(tensors, tmp_path / "damaged/model.safetensors")
+    ours = "decoder.layers.1.mlp.text.gate_up" if "experts" in name else "(embed|head).weight"
+    with pytest.raises(CheckpointError, match=f"{ours} of the source holds NaN"):
+        quantize(tmp_path / "damaged", tmp_path / "x", "2")
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 20, 0, 100_000))
+    with pytest.raises(CheckpointError, match=r"\d+ MB are needed .* 0 MB are free"):
+        quantize(source, tmp_path / "x", "2", prompts())
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_disk_that_fills_up_leaves_a_run_that_goes_on(done, source, tmp_path, monkeypatch):
+    import duomo.quant.pipeline as pipeline
+
+    write, calls = pipeline.write_quantized, []
+
+    def full(path, stored):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        return write(path, stored)
+
+    monkeypatch.setattr(pipeline, "write_quantized", full)
+    with pytest.raises(CheckpointError, match=r"no space left .* goes on from there"):
+        quantize(source, tmp_path / "x", "2", prompts())
+    quantize(source, tmp_path / "x", "2", prompts())
+    assert len(calls) == 5  # two before, the one that failed, and the two that were left
+    for path in done[0].glob("*.safetensors"):
+        assert (tmp_path / "x" / path.name).read_bytes() == path.read_bytes()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from duomo.checkpoints.quantized import Stored, dequantize
+from duomo.errors import CheckpointError
 from duomo.model import Ernie
 from duomo.model.decoder import DecoderLayer
 from duomo.model.experts import ExpertBank
@@ -68,7 +69,7 @@ def quantize_outside(
     reports: list[TensorReport] = []
     for name, parameter in model.named_parameters():
         kind = plan.kind_for(name, tuple(parameter.shape))
-        stored[name] = _round(parameter, plan, kind, seed_of(name, -1))
+        stored[name] = _round(_finite(name, parameter), plan, kind, seed_of(name, -1))
         errors: list[float | None] = [None, None]
         decoded = None if kind is Kind.PLAIN else dequantize(stored[name])
         home = name.rpartition(".")[0]
@@ -80,6 +81,14 @@ def quantize_outside(
             _report(name, kind, stored[name], None, errors[0], errors[1], _weight_error(parameter, decoded))
         )
     return stored, reports
+
+
+def _finite(name: str, parameter: Tensor) -> Tensor:
+    """The weights in float32; a damaged source is refused with the tensor's name."""
+    weights = parameter.detach().float()
+    if not bool(weights.isfinite().all()):
+        raise CheckpointError(f"{name} of the source holds NaN or infinity; is the file damaged?")
+    return weights
 
 
 def _heard_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float | None:
@@ -97,9 +106,9 @@ def _weight_error(weight: Tensor, decoded: Tensor | None) -> float | None:
 
 def _round(weight: Tensor, plan: BitPlan, kind: Kind, seed: int) -> Stored:
     if kind is Kind.PLAIN:
-        return weight.detach().float()
+        return weight
     assert kind in (Kind.INT8, Kind.INT6), f"{kind} needs the encoder"
-    return encode_int(weight.detach().float().numpy(), 8 if kind is Kind.INT8 else 6, seed)
+    return encode_int(weight.numpy(), 8 if kind is Kind.INT8 else 6, seed)
 
 
 class LayerQuantizer:
@@ -126,7 +135,7 @@ class LayerQuantizer:
             kind = self.plan.kind_for(full, tuple(parameter.shape))
             code = self.plan.code(kind)
             seed = seed_of(name, self.index)
-            weights = parameter.detach().float()
+            weights = _finite(full, parameter)
             if code is None:
                 stored[full] = _round(weights, self.plan, kind, seed)
                 reports.append(self._plain_report(name, full, kind, weights, stored[full]))

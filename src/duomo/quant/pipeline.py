@@ -8,6 +8,7 @@ layer begins, so a run killed at any point goes on from the last whole layer and
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from duomo.checkpoints.load import read_config
 from duomo.checkpoints.quantized import FORMAT, VERSION, QuantizedFile, Stored, dequantize, write_quantized
 from duomo.checkpoints.stream import CheckpointStream
-from duomo.errors import ConfigError
+from duomo.errors import CheckpointError, ConfigError
 from duomo.model import Ernie
 from duomo.model.decoder import DecoderLayer
 from duomo.processing.prompt import Prompt
@@ -102,6 +104,18 @@ class _Run:
         self.total = len(stream.config.expert_layers) + 2
 
     def go(self) -> dict[str, Any]:
+        """Everything; an OSError of a full disk as CheckpointError: the run goes on once there is room."""
+        try:
+            return self._go()
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+                raise
+            raise CheckpointError(
+                f"no space left in {self.target}; make room and give the same command, it goes on from there"
+            ) from error
+
+    def _go(self) -> dict[str, Any]:
+        self._check_room()
         self._claim()
         if self.plan.name == "auto":
             self.plan = raise_banks(self.plan, _shapes(self.stream), self._sensitivities(), self.budget_bytes)
@@ -113,6 +127,22 @@ class _Run:
         os.replace(self.work, done)
         shutil.rmtree(done)
         return report
+
+    def _check_room(self) -> None:
+        """CheckpointError where the disk does not hold what is still to be written."""
+        written = sum(path.stat().st_size for path in self.target.glob("model-*.safetensors"))
+        planned = sum(self.plan.num_bytes(name, shape) for name, shape in _shapes(self.stream).items())
+        tokens = sum(len(prompt.ids) for prompt in self.calibration)
+        states = 2 * 2 * 4 * tokens * self.stream.config.hidden_size  # both streams, before and after a layer
+        needed = max(planned, self.budget_bytes) - written + states
+        place = next(folder for folder in (self.target, *self.target.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise CheckpointError(
+                f"{needed / 1e6:,.0f} MB are needed in {self.target}; {free / 1e6:,.0f} MB are free",
+                needed=needed,
+                available=free,
+            )
 
     def _claim(self) -> None:
         """Marks the folder as this run's, or finds that it already is."""

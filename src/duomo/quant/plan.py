@@ -75,7 +75,9 @@ class BitPlan:
 
 
 def build_plan(bits: str, config: ModelConfig, two: TrellisCode = LCC2_12) -> BitPlan:
-    """The preset of that name; `auto` begins as `2`. ConfigError for any other."""
+    """The preset of that name; `auto` begins as `2`. ConfigError for any other, or a code not of 2 bits."""
+    if two.bits != 2:
+        raise ConfigError(f"{two.name} is a code of {two.bits} bits; the 2-bit codes are named lcc2-*")
     layers = [index for index, has_experts in enumerate(config.expert_layers) if has_experts]
     raised = {"2": [], "auto": [], "2.3": [*layers[:1], *layers[-1:]], "4": layers}
     if bits not in raised:
