@@ -22,7 +22,8 @@ from duomo.model import Ernie, ModelConfig, build_batch
 from duomo.model.attention import PackedCausal
 from duomo.model.experts import Router
 from duomo.model.lowrank import adapted
-from duomo.train.lora import LoraPlan, adapters_of, attach, merge
+from duomo.processing.prompt import Grid
+from duomo.train.lora import BANK_GROUPS, LINEAR_GROUPS, LoraPlan, adapters_of, attach, merge
 from duomo.train.peft import save_adapter
 from tests.engine.checkpoint import ask, write_checkpoint
 from tests.engine.worlds import MODEL, VOCABULARY, answers, engine, picture_request, text_request
@@ -179,8 +180,9 @@ def test_a_name_loaded_anew_is_another_adapter_and_a_request_keeps_its_own(folde
         own.submit(replace(request, request_id="w"), lambda out: None)
 
 
-def test_an_adapter_of_the_eyes_has_features_of_its_own(tmp_path: Path) -> None:
-    folder = write_adapter(tmp_path / "eyes", only="resampler_model.mlp.weight")
+@pytest.mark.parametrize("only", ["resampler_model.mlp.weight", "patch_embed.proj.weight"])
+def test_an_adapter_of_the_eyes_has_features_of_its_own(tmp_path: Path, only: str) -> None:
+    folder = write_adapter(tmp_path / "eyes", only=only)
     own = engine()
     own.load_adapter("eyes", folder)
     request = picture_request("a", 0)
@@ -192,7 +194,7 @@ def test_an_adapter_of_the_eyes_has_features_of_its_own(tmp_path: Path) -> None:
 
 def test_what_training_writes_serves(tmp_path: Path) -> None:
     model = tiny_model()
-    plan = LoraPlan({"attention": 4, "dense": 2, "shared": 4, "text_experts": 1, "vision_experts": 2}, 2.0)
+    plan = LoraPlan(dict.fromkeys(LINEAR_GROUPS + BANK_GROUPS, 2), 2.0)  # all that can be trained
     attach(model, plan, seed=3)
     for adapter in adapters_of(model).values():
         for key, parameter in adapter.named_parameters():
@@ -202,9 +204,11 @@ def test_what_training_writes_serves(tmp_path: Path) -> None:
     merge(model)
     own = engine()
     own.load_adapter("trained", tmp_path)
-    with own.runner.adapters.use(own.runner.adapters.acquire("trained")):
-        found = hidden(MODEL, [5, 6, 7, 250, 251, 8])
+    patches, grids = torch.randn(16, 588, generator=torch.Generator().manual_seed(2)), [Grid(1, 4, 4)]
+    with own.runner.adapters.use(own.runner.adapters.acquire("trained")), torch.inference_mode():
+        found, seen = hidden(MODEL, [5, 6, 7, 250, 251, 8]), MODEL.encode(patches, grids)
     assert torch.allclose(found, hidden(model, [5, 6, 7, 250, 251, 8]), atol=1e-4)
+    assert torch.allclose(seen, model.encode(patches, grids), atol=1e-4)
 
 
 def test_by_name_through_the_facade_and_the_process_seam(tmp_path: Path) -> None:

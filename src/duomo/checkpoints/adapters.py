@@ -103,7 +103,7 @@ def read_adapter(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Adapt
     adapter = Adapter()
     for module, pair in file.factors.items():
         a, b, name = pair["A"], pair["B"], f"{module}.weight"
-        if name not in ours or len(shapes[name]) != 2 or "embed" in name or ".mlp.gate." in name:
+        if name not in ours or len(shapes[name]) != 2 or "embed_tokens" in name or ".mlp.gate." in name:
             raise UnexpectedTensor(f"the adapter in {folder} changes {module}; no adapter can", name=module)
         out_size, in_size = shapes[name]
         if a.shape[1] != in_size or b.shape[0] != out_size:

@@ -15,7 +15,7 @@ from duomo.kernels.reference.router import Routing
 from duomo.kernels.weights import Int8Weight, PackedWeight, TrellisWeight
 
 
-def _plain(x: Tensor) -> Tensor:
+def plain(x: Tensor) -> Tensor:
     """fp32 and contiguous, on the CPU."""
     if x.device.type != "cpu":
         raise KernelError(f"the native kernels take tensors on the CPU, not on {x.device}")
@@ -25,7 +25,7 @@ def _plain(x: Tensor) -> Tensor:
 def quantize_activations(x_TK: Tensor, signs: Tensor | None, block: int) -> Activations:
     from duomo import _native
 
-    rows = _plain(x_TK)
+    rows = plain(x_TK)
     tokens, columns = rows.shape
     q = torch.empty(tokens, columns, dtype=torch.int8)
     scale = torch.empty(tokens, columns // block)
@@ -39,7 +39,7 @@ def quantize_activations(x_TK: Tensor, signs: Tensor | None, block: int) -> Acti
 def packed_linear(x: Tensor, weight: PackedWeight, index: int = 0) -> Tensor:
     if x.shape[-1] != weight.columns:
         raise KernelError(f"inputs of width {x.shape[-1]} for a matrix of {weight.rows} x {weight.columns}")
-    rows = _plain(x).reshape(-1, weight.columns)
+    rows = plain(x).reshape(-1, weight.columns)
     out = torch.empty(rows.shape[0], weight.rows)
     if isinstance(weight, Int8Weight):
         weight.native.linear(rows.data_ptr(), rows.shape[0], out.data_ptr())
@@ -59,7 +59,7 @@ def packed_experts(
             f"hidden {tuple(hidden_TD.shape)}, expert_ids {tuple(expert_ids_TK.shape)} and weights "
             f"{tuple(weights_TK.shape)} do not fit experts of width {gate_up.columns}"
         )
-    hidden, weights = _plain(hidden_TD), _plain(weights_TK)
+    hidden, weights = plain(hidden_TD), plain(weights_TK)
     ids = expert_ids_TK.to(torch.int64).contiguous()
     out = torch.empty(tokens, down.rows)
     pointers = (hidden.data_ptr(), ids.data_ptr(), weights.data_ptr())
@@ -70,7 +70,7 @@ def packed_experts(
 def packed_mlp(x_TD: Tensor, gate: TrellisWeight, up: TrellisWeight, down: TrellisWeight) -> Tensor:
     from duomo import _native
 
-    rows = _plain(x_TD)
+    rows = plain(x_TD)
     _check_width(rows, gate)
     out = torch.empty(rows.shape[0], down.rows)
     _native.mlp(gate.native, up.native, down.native, rows.data_ptr(), rows.shape[0], out.data_ptr())
@@ -82,10 +82,10 @@ def packed_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from duomo import _native
 
-    rows, tokens, head_dim = _plain(x_TD), x_TD.shape[0], 2 * cos_TP.shape[-1]
+    rows, tokens, head_dim = plain(x_TD), x_TD.shape[0], 2 * cos_TP.shape[-1]
     _check_width(rows, q)
     out = [torch.empty(tokens, weight.rows) for weight in (q, k, v)]
-    angles = _plain(cos_TP), _plain(sin_TP)
+    angles = plain(cos_TP), plain(sin_TP)
     assert angles[0].shape == angles[1].shape == (tokens, head_dim // 2), "one angle a token and pair"
     places = [x.data_ptr() for x in (*angles, *out)]
     _native.qkv(q.native, k.native, v.native, rows.data_ptr(), tokens, head_dim, *places)
@@ -99,7 +99,7 @@ def route(
     """As the reference, but for `logits_TE`, which training alone needs: an empty tensor."""
     from duomo import _native
 
-    hidden, router, bias = _plain(hidden_TD), _plain(router_ED), _plain(bias_E)
+    hidden, router, bias = plain(hidden_TD), plain(router_ED), plain(bias_E)
     tokens, (num_experts, width) = hidden.shape[0], router.shape
     if hidden.shape[1] != width or bias.shape != (num_experts,):
         raise KernelError(f"hidden of width {hidden.shape[1]} for a router of {num_experts} x {width}")
@@ -114,7 +114,7 @@ def route(
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     from duomo import _native
 
-    rows, scale = _plain(x), _plain(weight)
+    rows, scale = plain(x), plain(weight)
     out = torch.empty_like(rows)
     width = rows.shape[-1]
     assert scale.shape == (width,), "one weight a column"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from duomo.errors import KernelError
+from duomo.kernels.cpu.packed import plain
 from duomo.kernels.reference.vision import Affine, BlockWeights, Norm
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def takes_heads(head_dim: int) -> bool:
 def frame_attention(query_PNH: Tensor, key_PNH: Tensor, value_PNH: Tensor, frames: Sequence[int]) -> Tensor:
     from duomo import _native
 
-    query, key, value = (_plain(x) for x in (query_PNH, key_PNH, value_PNH))
+    query, key, value = (plain(x) for x in (query_PNH, key_PNH, value_PNH))
     if not query.shape == key.shape == value.shape:
         raise KernelError("queries, keys and values of a frame have one shape")
     patches, num_heads, head_dim = query.shape
@@ -53,7 +54,7 @@ def vision_attention(
 ) -> Tensor:
     from duomo import _native
 
-    sums = _plain(hidden_PC).clone()
+    sums = plain(hidden_PC).clone()
     _add_attention(_native.VisionScratch(), sums, norm, qkv, out, cos_PQ, sin_PQ, frames, num_heads)
     return sums.to(hidden_PC.dtype)
 
@@ -61,7 +62,7 @@ def vision_attention(
 def vision_mlp(hidden_PC: Tensor, norm: Norm, fc1: Affine, fc2: Affine) -> Tensor:
     from duomo import _native
 
-    sums = _plain(hidden_PC).clone()
+    sums = plain(hidden_PC).clone()
     _add_mlp(_native.VisionScratch(), sums, norm, fc1, fc2)
     return sums.to(hidden_PC.dtype)
 
@@ -76,7 +77,7 @@ def vision_blocks(
 ) -> Tensor:
     from duomo import _native
 
-    sums, scratch = _plain(hidden_PC).clone(), _native.VisionScratch()
+    sums, scratch = plain(hidden_PC).clone(), _native.VisionScratch()
     for block in blocks:
         _add_attention(scratch, sums, *block[:3], cos_PQ, sin_PQ, frames, num_heads)
         _add_mlp(scratch, sums, *block[3:])
@@ -97,7 +98,7 @@ def _add_attention(
     from duomo import _native
 
     patches, width = sums_PC.shape
-    cos, sin = _plain(cos_PQ), _plain(sin_PQ)
+    cos, sin = plain(cos_PQ), plain(sin_PQ)
     head_dim = width // num_heads
     if not cos.shape == sin.shape == (patches, head_dim // 2):
         raise KernelError(f"angles of {tuple(cos.shape)} for {patches} patches and heads of {head_dim}")
@@ -119,13 +120,6 @@ def _add_mlp(scratch: VisionScratch, sums_PC: Tensor, norm: Norm, fc1: Affine, f
     _native.vision_mlp(scratch, sums_PC.data_ptr(), patches, _norm(norm), *_affine(fc1), *_affine(fc2))
 
 
-def _plain(x: Tensor) -> Tensor:
-    """fp32 and contiguous, on the CPU."""
-    if x.device.type != "cpu":
-        raise KernelError(f"the native kernels take tensors on the CPU, not on {x.device}")
-    return x.detach().float().contiguous()
-
-
 def _lengths(frames: Sequence[int], patches: int) -> npt.NDArray[np.int64]:
     if sum(frames) != patches or any(length < 1 for length in frames):
         raise KernelError(f"frames of {list(frames)[:8]} patches do not make up {patches}")
@@ -135,8 +129,8 @@ def _lengths(frames: Sequence[int], patches: int) -> npt.NDArray[np.int64]:
 def _norm(norm: Norm) -> Any:
     from duomo import _native
 
-    return _native.Norm(_plain(norm.weight).numpy(), _plain(norm.bias).numpy(), norm.eps)
+    return _native.Norm(plain(norm.weight).numpy(), plain(norm.bias).numpy(), norm.eps)
 
 
 def _affine(layer: Affine) -> tuple[Any, npt.NDArray[np.float32]]:
-    return layer.weight.native, _plain(layer.bias).numpy()
+    return layer.weight.native, plain(layer.bias).numpy()
