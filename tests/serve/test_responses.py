@@ -1,6 +1,9 @@
 """The Responses dialect, and the OpenAPI document that is made from the code."""
 
+import base64
 import json
+import re
+from hashlib import sha256
 
 from tests.serve.conftest import picture_url
 
@@ -59,5 +62,23 @@ def test_the_document_names_every_route_and_resolves(server):
     text = json.dumps(document)
     for part in text.split('"#/components/schemas/')[1:]:
         assert part.split('"')[0] in document["components"]["schemas"]
-    page = server.client.get("/docs")
-    assert page.status_code == 200 and "reasoning_effort" in page.text and "<script" not in page.text
+
+
+def test_the_docs_say_all_of_the_document_and_ask_no_other_host(start):
+    server = start(page=False)  # of whose files nothing is needed
+    document, page = server.client.get("/openapi.json").json(), server.client.get("/docs")
+    assert page.status_code == 200 and "<script" not in page.text and "//" not in page.text
+    policy = page.headers["content-security-policy"]
+    style = page.text.partition("<style>")[2].partition("</style>")[0]
+    assert (
+        "default-src 'none'" in policy
+        and base64.b64encode(sha256(style.encode()).digest()).decode() in policy
+    )
+    for path in document["paths"]:
+        assert f" {path}</code></h2>" in page.text, path
+    for name, schema in document["components"]["schemas"].items():
+        assert f"<h2 id='{name}'>" in page.text
+        for field in schema.get("properties", {}):
+            assert f"<code>{field}</code>" in page.text, (name, field)
+    links = set(re.findall(r"<a href='#(\w+)'>", page.text))
+    assert links and links <= set(document["components"]["schemas"])

@@ -16,7 +16,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from duomo.serve import adapters, chat, completions, decisions, health, messages, openapi, responses
+from duomo.serve import adapters, chat, completions, decisions, docs, health, messages, openapi, responses
 from duomo.serve.backend import Backend
 from duomo.serve.options import Options
 from duomo.serve.problems import Problem
@@ -92,7 +92,7 @@ def routes(options: Options) -> list[BaseRoute]:
     table += [Route(path, endpoint, methods=["GET"]) for path, endpoint in get]
     table.append(Route("/ping", health.ping, methods=["GET", "POST"]))
     if options.docs:
-        table += [Route("/openapi.json", openapi.openapi), Route("/docs", openapi.docs)]
+        table += [Route("/openapi.json", openapi.openapi), Route("/docs", docs.docs)]
     if options.page:
         table += [Route("/", _page, methods=["GET"]), Route("/ui/{name}", _page, methods=["GET"])]
     return table

@@ -1,18 +1,17 @@
-"""/openapi.json, made from the very structs that decode and encode, and /docs, a plain page of it.
+"""/openapi.json, made from the very structs that decode and encode.
 
-Nothing is described by hand but one line an endpoint, so the file cannot drift from the code. The docs page
-needs no script and no other host.
+Nothing is described by hand but one line an endpoint, so the file cannot drift from the code. `serve.docs`
+shows it as a page.
 """
 
 from __future__ import annotations
 
-import html
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 
 from duomo import __version__
 from duomo.serve import adapters, decisions, health, messages, responses, schema
@@ -134,49 +133,3 @@ def _described(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
 
 async def openapi(request: Request) -> Response:
     return json_response(document())
-
-
-async def docs(request: Request) -> Response:
-    """Every endpoint with its fields, as a page."""
-    parts = [
-        f"<h1>duomo {__version__}</h1><p>The same as data: <a href='/openapi.json'>/openapi.json</a></p>"
-    ]
-    for operation in OPERATIONS:
-        parts.append(f"<h2><code>{operation.method.upper()} {html.escape(operation.path)}</code></h2>")
-        parts.append(f"<p>{html.escape(operation.summary)}{' Streams.' if operation.can_stream else ''}</p>")
-        if operation.takes is not None:
-            rows = "".join(_row(f) for f in msgspec.structs.fields(operation.takes))
-            parts.append(f"<table><tr><th>field</th><th>type</th><th>needed</th></tr>{rows}</table>")
-    body = "".join(parts)
-    return HTMLResponse(
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>duomo: endpoints</title>"
-        f"<link rel='stylesheet' href='/ui/docs.css'><main>{body}</main></html>",
-        headers={
-            "Content-Security-Policy": "default-src 'none'; style-src 'self'",
-            "X-Content-Type-Options": "nosniff",
-        },
-    )
-
-
-def _row(field: msgspec.structs.FieldInfo) -> str:
-    shown = _spelled(msgspec.json.schema(field.type))
-    return (
-        f"<tr><td><code>{field.encode_name}</code></td><td>{html.escape(shown)}</td>"
-        f"<td>{'yes' if field.required else ''}</td></tr>"
-    )
-
-
-def _spelled(found: dict[str, Any]) -> str:
-    """A JSON schema in a few words."""
-    if "anyOf" in found:
-        return " or ".join(
-            dict.fromkeys(_spelled(one) for one in found["anyOf"] if one.get("type") != "null")
-        )
-    if "$ref" in found:
-        return str(found["$ref"].rsplit("/", 1)[-1])
-    if "enum" in found:
-        return " | ".join(map(str, found["enum"]))
-    if found.get("type") == "array":
-        return f"list of {_spelled(found.get('items', {}))}"
-    bounds = [f"{sign} {found[key]}" for key, sign in (("minimum", "≥"), ("maximum", "≤")) if key in found]
-    return " ".join([str(found.get("type", "anything")), *bounds])
