@@ -8,6 +8,8 @@ for, which counts once for every token of every stream; bounding the head is lef
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 from typing import Any
 
 import httptools
@@ -15,11 +17,13 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from duomo.errors import ConfigError
 from duomo.serve.options import Options
 from duomo.serve.problems import Problem
 
 _MAX_HEAD_BYTES = 64 << 10
 _IDLE_S = 30  # between two requests of a connection
+_NO_SUCH_FAMILY = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # IPv6 where it is switched off
 
 
 def http_config(app: ASGIApp, options: Options) -> uvicorn.Config:
@@ -37,6 +41,39 @@ def http_config(app: ASGIApp, options: Options) -> uvicorn.Config:
         timeout_keep_alive=_IDLE_S,
         lifespan="off",
     )
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets on all addresses of `host`, of which nobody reads yet. ConfigError if one is taken."""
+    try:
+        return _bound(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE))
+    except OSError as error:
+        said = (error.strerror or str(error)).lower()
+        raise ConfigError(f"--host {host} --port {port} cannot be listened on: {said}") from error
+
+
+def _bound(places: list[Any]) -> list[socket.socket]:
+    bound: list[socket.socket] = []
+    failure: OSError | None = None
+    for family, kind, _, _, address in dict.fromkeys(places):
+        if bound:  # a free port is the same one everywhere
+            address = (address[0], bound[0].getsockname()[1], *address[2:])
+        try:
+            one = socket.socket(family, kind)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            one.bind(address)
+            one.listen()  # two that only bind do not exclude each other
+        except OSError as error:
+            failure = error
+            if error.errno not in _NO_SUCH_FAMILY:
+                raise
+        else:
+            bound.append(one)
+    if not bound and failure is not None:
+        raise failure
+    return bound
 
 
 class _HeadTooLong(Exception):

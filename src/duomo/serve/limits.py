@@ -73,8 +73,10 @@ class Keys:
 def _keys_in(path: str) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api-key-file {path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--api-key-file {path} is no text in UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"--api-key-file {path} cannot be read: {error.strerror}") from error
     keys = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
     if not keys:
         raise ConfigError(f"--api-key-file {path} holds no key; write one a line")

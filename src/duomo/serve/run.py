@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
@@ -24,7 +25,7 @@ from duomo.serve import logs
 from duomo.serve.app import create_app
 from duomo.serve.backend import Backend
 from duomo.serve.clock import Clock
-from duomo.serve.http import http_config
+from duomo.serve.http import bind, http_config
 from duomo.serve.options import Options, parse
 from duomo.serve.scripted import Scripted
 from duomo.serve.server import Server
@@ -70,13 +71,15 @@ async def run(options: Options, load: Load) -> int:
     """Serves until told to stop."""
     few_arenas()
     logs.set_up(options.log_level)
+    sockets = bind(options.host, options.port)
+    options = replace(options, port=sockets[0].getsockname()[1])  # of --port 0
     app = create_app(None, options)
     server: Server = app.state.server
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_NUM_THREADS, "duomo-wait"))
     http = _Http(http_config(app, options), server)
     beside = [asyncio.create_task(_load(server, load, http)), asyncio.create_task(_tidy(server))]
     try:
-        await http.serve()
+        await http.serve(sockets)
     finally:
         for task in beside:
             task.cancel()
@@ -186,5 +189,6 @@ def _announce(server: Server) -> None:
     facts, options = server.backend.facts, server.options
     rows = {"model": facts.name, "context": f"{facts.max_model_len} tokens", **facts.plan}
     rows["keys"] = f"{len(server.keys)}" if len(server.keys) else "none: anybody who reaches the port may ask"
-    rows["address"] = f"http://{options.host}:{options.port}/"
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    rows["address"] = f"http://{host}:{options.port}/"
     print("\n".join(f"duomo: {name}: {value}" for name, value in rows.items()), file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -154,3 +155,32 @@ def test_A9_a_model_that_cannot_be_opened_is_one_line_and_an_exit_code(tmp_path)
         Process("--model", tmp_path)
     said = str(ended.value)
     assert "Traceback" not in said and "duomo: " in said
+
+
+def test_A9_a_port_that_is_taken_is_one_line_before_anything_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = subprocess.run(
+            [sys.executable, "-m", "duomo.serve", "--engine", "scripted", "--port", str(port)],
+            capture_output=True, text=True, timeout=60,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+    assert said.returncode == 2 and said.stdout == ""
+    assert said.stderr.strip() == (
+        f"duomo: --host 127.0.0.1 --port {port} cannot be listened on: address already in use"
+    )
+
+
+def test_A9_bind_holds_a_free_port_on_every_address_and_names_a_host_that_is_none():
+    from duomo.errors import ConfigError
+    from duomo.serve.http import bind
+
+    sockets = bind("localhost", 0)
+    ports = {one.getsockname()[1] for one in sockets}
+    assert len(ports) == 1 and 0 not in ports
+    with pytest.raises(ConfigError, match="cannot be listened on"):
+        bind("127.0.0.1", ports.pop())
+    for one in sockets:
+        one.close()
+    with pytest.raises(ConfigError, match="300"):
+        bind("300.1.2.3", 1)
