@@ -44,7 +44,7 @@ def http_config(app: ASGIApp, options: Options) -> uvicorn.Config:
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets on all addresses of `host`, of which nobody reads yet. ConfigError if one is taken."""
+    """Listening sockets on all addresses of `host`, not yet read from. ConfigError if one is taken."""
     try:
         return _bound(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE))
     except OSError as error:
