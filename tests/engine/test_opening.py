@@ -9,13 +9,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from duomo.checkpoints import load_model
 from duomo.engine.request import SamplingParams
 from duomo.errors import CheckpointError, ConfigError, EngineError
 from duomo.llm import LLM, Question
 from duomo.processing.messages import Message
-from tests.engine.checkpoint import ask, write_checkpoint
+from duomo.processing.patches import normalize
+from duomo.processing.template import build_prompt
+from duomo.processing.tokenizer import Tokenizer
+from tests.engine.checkpoint import ask, picture, write_checkpoint
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, thinking="off", ignore_eos=True)
 
@@ -59,16 +65,32 @@ def test_a_follow_up_takes_its_prefix_from_the_cache(folder: Path) -> None:
         assert llm.chat(turns, GREEDY).usage.cached_tokens > 0
 
 
+def plain_shares(folder: Path, text: str, options: tuple[str, ...], seed: int) -> dict[str, float]:
+    """Every option scored by a plain pass of its own over picture, question and option."""
+    model, tokenizer = load_model(folder, torch.float32).eval(), Tokenizer.load(folder)
+    prompt = build_prompt([Message.of("user", picture(seed), "", text)], tokenizer, thinking=False)
+    patches = torch.from_numpy(normalize(np.concatenate([medium.patches for medium in prompt.media])))
+    scores = []
+    for option in options:
+        answer = tokenizer.encode(option)
+        logs = model.logits([*prompt.ids, *answer], prompt.spans, patches).double().log_softmax(-1)
+        first = len(prompt.ids) - 1
+        scores.append(sum(float(logs[first + i, token]) for i, token in enumerate(answer)))
+    shares = torch.tensor(scores, dtype=torch.float64).softmax(-1).tolist()
+    return dict(zip(options, shares, strict=True))
+
+
 def test_questions_share_a_prefill_and_agree_with_scoring(folder: Path) -> None:
-    with LLM.open(folder) as llm:
+    with LLM.open(folder, dtype="float32", kv_dtype="float32") as llm:
         questions = [Question("cat?", ("Yes", "No", "hello world")), Question("how many?", ("1", "2", "10"))]
         decisions = llm.decide(ask("", 3), questions)
         stats = llm.stats()
         assert stats["media_encoded"] == 1 and stats["cached_tokens"] > 0
         assert decisions[1].score is not None and 1 <= decisions[1].score <= 10
         for question, decision in zip(questions, decisions, strict=True):
-            assert sum(decision.probabilities.values()) == pytest.approx(1)
-            assert decision.answer in question.options
+            expected = plain_shares(folder, question.text, question.options, 3)
+            assert decision.probabilities == pytest.approx(expected, abs=1e-4)
+            assert decision.answer == max(expected, key=lambda option: expected[option])
 
 
 def test_a_process_of_its_own_gives_the_same_answers_and_its_death_is_seen(folder: Path) -> None:
@@ -79,12 +101,14 @@ def test_a_process_of_its_own_gives_the_same_answers_and_its_death_is_seen(folde
         assert llm.chat(ask("what is in the picture?", 1), GREEDY) == expected
         assert llm.stats()["media_encoded"] == 1
         long = SamplingParams(temperature=0, max_tokens=3000, thinking="off", ignore_eos=True)
-        stream = llm.stream(ask("hello", 1), long)
-        next(stream)
+        streams = [llm.stream(ask("hello", 1), long) for _ in range(4)]
+        for stream in streams:
+            next(stream)
         os.kill(llm.engine.child.pid, signal.SIGKILL)  # type: ignore[union-attr]
         begun = time.monotonic()
-        with pytest.raises(EngineError, match="ended with code -9"):
-            list(stream)
+        for stream in streams:  # every caller
+            with pytest.raises(EngineError, match="ended with code -9"):
+                list(stream)
         assert time.monotonic() - begun < 2 and not llm.is_alive
         with pytest.raises(EngineError, match="stopped"):
             llm.chat(ask("hello", 1), GREEDY)
