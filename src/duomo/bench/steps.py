@@ -1,18 +1,17 @@
 """What a step costs beside the model: `python -m duomo.bench.steps [--requests 64] [--json FILE]`.
 
-Three figures of the embedded model while all requests are decoding, medians over steps: scheduling (deciding
-who runs, without the model), everything of the engine outside the forward pass, and the whole step. The share
-of Python is an upper bound: what a profiler sees in Python functions, its own cost included.
+Figures of the embedded model while all requests are decoding, medians over steps: scheduling (deciding who
+runs, without the model), everything of the engine outside the forward pass, all that is not inside a native
+call (Python, torch and numpy, within the pass and outside), and the whole step.
 """
 
 from __future__ import annotations
 
 import argparse
-import cProfile
 import json
-import pstats
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,34 @@ from duomo.engine.request import Request, SamplingParams
 from duomo.llm import embedded_folder
 from duomo.processing.tokenizer import Tokenizer
 
-_NATIVE_WRAPPERS = ("kernels/cpu/",)  # a profiler does not see the native calls that these make
+
+class _Timed:
+    """A native object whose calls are timed."""
+
+    def __init__(self, native: Any, clock: list[float]) -> None:
+        self._native, self._clock = native, clock
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        call = getattr(self._native, name)
+
+        def timed(*given: Any) -> Any:
+            begun = time.perf_counter()
+            result = call(*given)
+            self._clock[0] += time.perf_counter() - begun
+            return result
+
+        return timed
+
+
+def _time_native_calls(engine: Engine) -> list[float]:
+    """Seconds inside native calls so far, in a list of one. Call it after a first step, which makes them."""
+    clock = [0.0]
+    model = engine.runner.model  # type: ignore[attr-defined]
+    fused, head = model.decoder._fused, model.embed.panels
+    assert fused is not None and head is not None, "the embedded model is one native call and a head"
+    fused._native = _Timed(fused._native, clock)
+    head.__dict__["native"] = _Timed(head.native, clock)
+    return clock
 
 
 def measure(num_requests: int, num_tokens: int = 64) -> dict[str, Any]:
@@ -35,10 +61,11 @@ def measure(num_requests: int, num_tokens: int = 64) -> dict[str, Any]:
     _ask(engine, num_requests, num_tokens, "warm")
     while engine.step():
         pass
+    native = _time_native_calls(engine)
     _ask(engine, num_requests, num_tokens, "timed")
-    whole, beside, schedule = [], [], []
+    whole, beside, schedule, foreign = [], [], [], []
     while True:
-        before, begun = engine.counters.model_s, time.perf_counter()
+        before, native_before, begun = engine.counters.model_s, native[0], time.perf_counter()
         if not engine.step():
             break
         seconds = time.perf_counter() - begun
@@ -46,13 +73,15 @@ def measure(num_requests: int, num_tokens: int = 64) -> dict[str, Any]:
             whole.append(seconds * 1e3)
             beside.append((seconds - engine.counters.model_s + before) * 1e3)
             schedule.append(engine.counters.last_schedule_s * 1e3)
+            foreign.append((seconds - native[0] + native_before) * 1e3)
     return {
         "requests": num_requests,
         "threads": torch.get_num_threads(),
         "step_ms": statistics.median(whole),
         "scheduling_ms": statistics.median(schedule),
         "outside_the_pass_ms": statistics.median(beside),
-        "python_share_at_most": _python_share(engine, num_requests, num_tokens),
+        "outside_native_calls_ms": statistics.median(foreign),
+        "outside_native_calls_share": statistics.median(foreign) / statistics.median(whole),
     }
 
 
@@ -62,23 +91,6 @@ def _ask(engine: Engine, num_requests: int, num_tokens: int, name: str) -> None:
     for index in range(num_requests):
         ids = tuple(work.ids(index, 4096))
         engine.submit(Request(f"{name}-{index}", ids, params), lambda output: None)
-
-
-def _python_share(engine: Engine, num_requests: int, num_tokens: int) -> float:
-    _ask(engine, num_requests, num_tokens, "profiled")
-    while any(s.is_prefilling for s in engine.scheduler.running) or not engine.scheduler.running:
-        engine.step()
-    profile = cProfile.Profile()
-    profile.enable()
-    while engine.step():
-        pass
-    profile.disable()
-    python = total = 0.0
-    for (file, _, _), (_, _, own_s, _, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
-        total += own_s
-        if file != "~" and not any(part in file for part in _NATIVE_WRAPPERS):
-            python += own_s
-    return python / total
 
 
 def main() -> None:

@@ -43,6 +43,8 @@ class Track:
 
     def media_in(self, start: int, stop: int) -> list[int]:
         """Which media have tokens in the chunk."""
+        if not self.media:
+            return []
         return [
             index
             for index, medium in enumerate(self.media)

@@ -148,6 +148,11 @@ class Scheduler:
             step.works.append(sequence.unfinished)
             return sequence.unfinished.count
         pending = len(sequence.ids) - sequence.num_computed
+        if pending == 1 <= room and not sequence.drafts:  # the usual case, and most of all calls
+            if not self._grow(step, sequence, sequence.num_computed + 1):
+                return 0
+            step.works.append(Work(sequence, sequence.num_computed, 1))
+            return 1
         drafts = tuple(sequence.drafts)[: max(0, min(room, self._room_in_context(sequence)) - pending)]
         count = min(pending + len(drafts), room)
         if count <= 0 or not self._grow(step, sequence, sequence.num_computed + count):
@@ -162,6 +167,8 @@ class Scheduler:
     def _grow(self, step: Step, sequence: Sequence, num_tokens: int) -> bool:
         """Pages for `num_tokens`. False if the sequence itself had to give way."""
         needed = -(-num_tokens // self.pool.page_size) - len(sequence.pages)
+        if needed <= 0:
+            return True
         while needed > self.pool.num_available:
             victim = max(self.running, key=lambda s: s.order)
             self._preempt(step, victim)
