@@ -32,11 +32,17 @@ inline void rounded_tile(const DenseProduct& p, int64_t row, const uint32_t* x, 
     store_panels<P, T>(p, row, t, all);
 }
 
-template <int T>
-inline void rounded_rows(const DenseProduct& p, int64_t first, int64_t last, const uint32_t* x, int64_t t) {
-    int64_t row = first;
-    for (; row + kWide * kLanes <= last; row += kWide * kLanes) rounded_tile<kWide, T>(p, row, x, t);
-    for (; row < last; row += kLanes) rounded_tile<1, T>(p, row, x, t);
+// P panels from row `row` by all tokens [begin, end), whose pairs begin at x: the panels stay in the first-level cache.
+template <int P>
+inline void rounded_tokens(const DenseProduct& p, int64_t row, const uint32_t* x, int64_t begin, int64_t end) {
+    const int64_t num_pairs = (p.columns + 1) / 2;
+    int64_t t = begin;
+    for (; t + 4 <= end; t += 4) rounded_tile<P, 4>(p, row, x + (t - begin) * num_pairs, t);
+    if (end - t >= 2) {
+        rounded_tile<P, 2>(p, row, x + (t - begin) * num_pairs, t);
+        t += 2;
+    }
+    if (t < end) rounded_tile<P, 1>(p, row, x + (t - begin) * num_pairs, t);
 }
 
 void round_row(const float* x, int64_t columns, uint32_t* pairs) {
@@ -50,17 +56,13 @@ void round_row(const float* x, int64_t columns, uint32_t* pairs) {
 void multiply_any_panels(const DenseProduct& p, int64_t first, int64_t last, int64_t begin, int64_t end) {
     if (p.form != duomo::DenseForm::rounded) return multiply_panels(p, first, last, begin, end);
     static thread_local std::vector<uint32_t> memory;
-    const int64_t num_pairs = (p.columns + 1) / 2;
-    if (int64_t(memory.size()) < 4 * num_pairs) memory.resize(size_t(4 * num_pairs));
+    const int64_t num_pairs = (p.columns + 1) / 2, size = (end - begin) * num_pairs;
+    if (int64_t(memory.size()) < size) memory.resize(size_t(size));
     uint32_t* x = memory.data();
-    for (int64_t t = begin; t < end;) {
-        const int count = end - t >= 4 ? 4 : end - t >= 2 ? 2 : 1;
-        for (int i = 0; i < count; ++i) round_row(token(p, t + i), p.columns, x + i * num_pairs);
-        if (count == 4) rounded_rows<4>(p, first, last, x, t);
-        else if (count == 2) rounded_rows<2>(p, first, last, x, t);
-        else rounded_rows<1>(p, first, last, x, t);
-        t += count;
-    }
+    for (int64_t t = begin; t < end; ++t) round_row(token(p, t), p.columns, x + (t - begin) * num_pairs);
+    int64_t row = first;
+    for (; row + kWide * kLanes <= last; row += kWide * kLanes) rounded_tokens<kWide>(p, row, x, begin, end);
+    for (; row < last; row += kLanes) rounded_tokens<1>(p, row, x, begin, end);
 }
 
 constexpr duomo::DenseKernels kernels = {multiply, multiply_any_panels};

@@ -7,7 +7,7 @@ oldest first. A page with a key is full and never written again, which is what m
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 
 from duomo.errors import OutOfPages
 
@@ -17,7 +17,7 @@ class PagePool:
         self.num_pages = num_pages
         self.page_size = page_size
         self.num_written = 0  # pages that were ever taken; memory that was never touched costs nothing
-        self._free: deque[int] = deque(range(num_pages))
+        self._free = list(reversed(range(num_pages)))  # the one given back last is taken first: it is warm
         self._holders = [0] * num_pages
         self._key_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
@@ -40,7 +40,7 @@ class PagePool:
     def take(self) -> int:
         """An empty page with one holder. OutOfPages if every page is held."""
         if self._free:
-            page = self._free.popleft()
+            page = self._free.pop()
         elif self._kept:
             page, _ = self._kept.popitem(last=False)
             del self._page_of[self._key_of.pop(page)]
