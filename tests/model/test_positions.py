@@ -64,5 +64,6 @@ def test_a_table_of_angles_has_the_bits_of_the_formula(config) -> None:
     for most, count in ((1023, 7), (1024, 1), (100_000, 513)):
         positions = torch.from_numpy(draw.integers(0, most + 1, (3, count)))
         positions[:, -1] = most
-        for found, wanted in zip(table.rotation(positions), decoder_rotation(positions, config), strict=True):
-            assert torch.equal(found, wanted)
+        for own in (positions, positions[:1].expand(3, -1)):  # a picture's, and text on the diagonal
+            for found, wanted in zip(table.rotation(own), decoder_rotation(own, config), strict=True):
+                assert torch.equal(found, wanted)

@@ -97,6 +97,8 @@ class ModelRunner:
         for sequence, pages in step.swap_in:
             kept = self._swapped.pop(sequence.request.request_id)
             self.cache.copy_in([page + 1 for page in pages], kept)
+        if step.works and all(work.count == 1 and not work.sequence.request.adapter for work in step.works):
+            return self._forward(step.works, logit_starts, step.traces)
         pieces: list[Floats | None] = [None] * len(step.works)
         for adapter in dict.fromkeys(work.sequence.request.adapter for work in step.works):
             chosen = [i for i, work in enumerate(step.works) if work.sequence.request.adapter == adapter]
@@ -113,6 +115,8 @@ class ModelRunner:
     ) -> Seq[Floats | None]:
         tracks = [self._track(work.sequence) for work in works]
         for work, track in zip(works, tracks, strict=True):
+            if not track.media:
+                continue
             for index in track.media_in(work.start, work.start + work.count):
                 if index not in track.features:
                     track.features[index] = self._features(track.media[index], work.sequence.request.adapter)
@@ -189,6 +193,8 @@ class ModelRunner:
 
     def _drop_features(self, sequence: Sequence, stop: int) -> None:
         track = self._tracks[sequence.request.request_id]
+        if not track.features:
+            return
         for index in list(track.features):
             if track.media[index].start + track.media[index].num_tokens <= stop:
                 del track.features[index]

@@ -47,12 +47,16 @@ class RotationTable:
 
     def rotation(self, positions_3T: Tensor) -> Rotation:
         positions = positions_3T.numpy()
-        if positions.max(initial=0) >= self._num_positions:
-            self._grow(2 * int(positions.max()))
-        index_TP = positions[self._axis].T * self._num_pairs + self._pair
-        return Rotation(
-            torch.from_numpy(self._cos.take(index_TP)), torch.from_numpy(self._sin.take(index_TP))
-        )
+        most = int(positions.max(initial=0))
+        if most >= self._num_positions:
+            self._grow(2 * most)
+        first_T = positions[0]
+        if (positions == first_T).all():  # text alone: whole rows of the table
+            cos, sin = self._cos.take(first_T, axis=0), self._sin.take(first_T, axis=0)
+        else:
+            index_TP = positions[self._axis].T * self._num_pairs + self._pair
+            cos, sin = self._cos.take(index_TP), self._sin.take(index_TP)
+        return Rotation(torch.from_numpy(cos), torch.from_numpy(sin))
 
     def _grow(self, num_positions: int) -> None:
         self._num_positions = num_positions

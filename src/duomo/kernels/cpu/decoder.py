@@ -100,8 +100,8 @@ class FusedDecoder:
         if not tokens:
             return out
         hidden = hidden_TD.detach().float().clone(memory_format=torch.contiguous_format)
-        angles = [x.float().contiguous() for x in (step.cos_TP, step.sin_TP)]
-        table = [x.to(torch.int64).contiguous() for x in step[5:]]
+        angles = [_as(torch.float32, x) for x in (step.cos_TP, step.sin_TP)]
+        table = [_as(torch.int64, x) for x in step[5:]]
         self._check(tokens, step, expert_ids_LTK)
         slots, pages, sequence, num_keys, text, vision = table
         scales = (0, 0) if step.scale is None else (step.scale[0].data_ptr(), step.scale[1].data_ptr())
@@ -144,6 +144,10 @@ class FusedDecoder:
         assert step.text_rows.numel() + step.vision_rows.numel() == tokens, "every token has one bank"
         are_rows = step.slots_T.numel() == step.sequence_T.numel() == step.num_keys_T.numel() == tokens
         assert are_rows and step.page_table_SM.ndim == 2, "one slot, sequence and length a token"
+
+
+def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
+    return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
 def _array(x: Tensor) -> Any:
