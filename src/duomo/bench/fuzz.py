@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,12 +23,12 @@ _CHECKS = (
 )
 
 
-def command(python: Path, url: str, examples: int, seed: int = 1) -> list[str]:
-    """Fuzzing phases alone: `examples` are tried of every operation."""
+def command(python: Path, url: str, examples: int, only: str = "", seed: int = 1) -> list[str]:
+    """Fuzzing phases alone: `examples` are tried of every operation whose path matches `only`."""
     return [
         str(python), "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks", _CHECKS,
         "--max-examples", str(examples), "--seed", str(seed), "--phases", "examples,fuzzing",
-        "--request-timeout", "10",
+        "--request-timeout", "10", *(["--include-path-regex", only] if only else []),
     ]  # fmt: skip
 
 
@@ -35,18 +36,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", type=Path, default=Path("runs/clients/bin/python"))
     parser.add_argument("--examples", type=int, default=2000, help="in all, over the operations")
+    parser.add_argument("--only", default="", help="a pattern of paths; the others are left out")
     parser.add_argument("--json", type=Path, help="where the figures go")
     asked = parser.parse_args()
     port = free_port()
     flags = ["--engine", "scripted", "--port", str(port), "--log-level", "error", "--limit-mm-per-prompt"]
-    server = subprocess.Popen([sys.executable, "-m", "duomo.serve", *flags, '{"image": 4}'])
+    flags += ['{"image": 4}', "--lora-root", tempfile.mkdtemp()]  # without a root adapters are but refused
+    server = subprocess.Popen([sys.executable, "-m", "duomo.serve", *flags])
     try:
         wait_for(port)
         began = time.monotonic()
-        each = -(-asked.examples // _num_operations(port))
-        done = subprocess.run(
-            command(asked.python, f"http://127.0.0.1:{port}", each), capture_output=True, text=True
-        )
+        each = -(-asked.examples // _num_operations(port, asked.only))
+        asking = command(asked.python, f"http://127.0.0.1:{port}", each, asked.only)
+        done = subprocess.run(asking, capture_output=True, text=True)
     finally:
         server.terminate()
         server.wait(timeout=20)
@@ -63,13 +65,14 @@ def main() -> int:
     return done.returncode
 
 
-def _num_operations(port: int) -> int:
+def _num_operations(port: int, only: str) -> int:
     """Operations that take something: the others are asked once or twice, since there is nothing to vary."""
     import urllib.request
 
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/openapi.json") as answer:
         paths = json.load(answer)["paths"]
-    return sum("requestBody" in operation for row in paths.values() for operation in row.values())
+    rows = [row for path, row in paths.items() if re.search(only, path)]
+    return sum("requestBody" in operation for row in rows for operation in row.values())
 
 
 if __name__ == "__main__":
