@@ -89,7 +89,9 @@ def test_D18_a_long_body_and_another_content_type(start):
 def test_D14_unknown_paths_methods_and_models(start):
     server = start(served_model_name=("ernie",))
     assert_envelope(server.client.get("/nothing/here"), 404)
-    assert_envelope(server.client.get("/v1/chat/completions"), 405)
+    wrong = server.client.get("/v1/chat/completions")
+    assert_envelope(wrong, 405)
+    assert wrong.headers["allow"] == "POST"
     assert assert_envelope(server.ask(model="gpt"), 404)["code"] == "model_not_found"
     for name in ("ernie", "default"):
         assert server.ask(model=name).status_code == 200

@@ -109,7 +109,9 @@ async def _page(request: Request) -> Response:
 async def _no_such_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 404
     if status == 405:
-        return Problem(405, "method_not_allowed", f"{request.method} is not for this path").response()
+        allowed = (error.headers or {}).get("Allow", "") if isinstance(error, HTTPException) else ""
+        said = f"{request.method} is not for this path; {allowed} is"
+        return Problem(405, "method_not_allowed", said, Allow=allowed).response()
     return Problem(404, "not_found", "there is nothing at this path; /docs lists what there is").response()
 
 
