@@ -42,8 +42,9 @@ def openai():
     assert final.output_text == text and final.usage == answer.usage
     if hasattr(api, "decisions"):
         content = [{"type": "input_image", "image_url": picture}]
+        like = {"type": "input_text", "text": "It is like this one."}
         questions = [
-            {"type": "predicate", "instructions": "It is red.", "name": "red"},
+            {"type": "predicate", "instructions": [like, *content], "name": "red"},
             {"type": "choice", "instructions": "What?", "choices": [{"value": "cat"}, {"value": True}]},
             {"type": "score", "instructions": "How?", "levels": [{"label": "bad"}, {"label": "good"}]},
         ]
