@@ -81,6 +81,13 @@ OPERATIONS = (
 )  # fmt: skip
 
 
+_EVENT = {  # one of a stream
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+
+
 @lru_cache(maxsize=1)
 def document() -> dict[str, Any]:
     """The OpenAPI 3.1 document."""
@@ -109,7 +116,7 @@ def _described(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
     if operation.kind != "application/json":
         content = {operation.kind: {"schema": {"type": "string"}}}
     if operation.can_stream:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     error = {"application/json": {"schema": refs[ErrorEnvelope]}}
     out: dict[str, Any] = {
         "summary": operation.summary,
