@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,10 @@ def logits(model: Ernie, batches: list[CalibrationBatch]) -> list[Tensor]:
     return [model.unembed(model(batch, PackedCausal())[batch.text_rows]) for batch in held]
 
 
-def measure(prompts: int, judged: int, damping: float, cache: Path) -> dict[str, Any]:
-    """A row for each variant."""
+def measure(
+    prompts: int, judged: int, damping: float, cache: Path, only: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A row for each variant, or for those named."""
     model = load_model(EMBEDDED, torch.float32).eval().requires_grad_(False)
     tokenizer, pool = Tokenizer.load(EMBEDDED), load_handwriting(cache, "train")
     fitted = build_batches(model, calibration_prompts(usual(pool), tokenizer, prompts))
@@ -70,6 +72,8 @@ def measure(prompts: int, judged: int, damping: float, cache: Path) -> dict[str,
     variants["L=12, no shrinkage"] = (trellis(LCC2_12, damping), own)
     rows = {}
     for title, (method, hessians) in variants.items():
+        if only and title not in only:
+            continue
         for name, weights in kept.items():
             home, _, part = name.rpartition(".")
             moments = torch.stack(hessians(recorder.banks[home][0], part))
@@ -90,10 +94,11 @@ def main() -> None:
         "--judged", type=int, default=2400, help="prompts drawn to judge on; an eighth is held out"
     )
     parser.add_argument("--damping", type=float, default=0.1)
+    parser.add_argument("--only", nargs="*", default=[], metavar="TITLE", help="these variants alone")
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    rows = measure(given.prompts, given.judged, given.damping, given.cache)
+    rows = measure(given.prompts, given.judged, given.damping, given.cache, given.only)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

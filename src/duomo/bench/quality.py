@@ -93,8 +93,8 @@ def measure_mixture(given: argparse.Namespace) -> None:
     bits = mean_bits(model, FfnOnly())
     judge.show("LCC2 L=12, the pipeline", bits, by_pipeline)
     for title, method in {
-        "LCC2 L=12": trellis(LCC2_12, given.damping),
         "scalar GPTQ, rotation": scalar(given.damping),
+        "LCC2 L=12": trellis(LCC2_12, given.damping),
         "LCC2 L=10": trellis(LCC2_10, given.damping),
         "LCC2 L=14": trellis(LCC2_14, given.damping),
         "L=12, no feedback": trellis(LCC2_12, given.damping, has_feedback=False),
@@ -154,7 +154,7 @@ def measure_activations(given: argparse.Namespace) -> None:
             for part in model.decoder.modules()
             if isinstance(part, Linear)
         ]
-        judge.show(title, 8.0, lambda: model)
+        judge.show(title, 16.0 if title == "bf16" else 8.0, lambda: model)
         for handle in handles:
             handle.remove()
 

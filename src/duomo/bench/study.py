@@ -52,8 +52,9 @@ def draw(rows: Mapping[str, Any], path: Path) -> None:
             label=None if label in seen else label,
         )
         seen.add(label)
-        if colour == PEERS:
+        if colour != OURS:
             name = title.removeprefix("ggml ").removesuffix(" + imatrix")
+            name = name.removeprefix("L=12, ").removeprefix("scalar Lloyd-Max, ")
             axes.annotate(name, (row["bits"], row["kl_mean"]), (6, 5), textcoords="offset points", fontsize=9)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -64,6 +65,8 @@ def draw(rows: Mapping[str, Any], path: Path) -> None:
         title="SmolLM2-135M, ffn_down alone quantized",
         xlim=(1.95, 2.75),
     )
+    axes.set_yticks([0.2, 0.3, 0.5, 1.0], ["0.2", "0.3", "0.5", "1"])
+    axes.minorticks_off()
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
