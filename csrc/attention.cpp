@@ -14,6 +14,25 @@ namespace {
 constexpr int64_t kTokens = 8;  // of an item
 constexpr int64_t kKeys = 32;   // widened at a time
 
+// A cache line of floats: vectors of them begin where a register's worth can be loaded at once.
+struct alignas(64) Line {
+    float values[16];
+};
+
+float* grown(std::vector<Line>& memory, int64_t count) {
+    if (int64_t(memory.size()) * 16 < count) memory.resize(size_t((count + 15) / 16));
+    return memory.data()->values;
+}
+
+float most_of(const float* x, int64_t count) {  // in 16 lanes, so that a loop becomes vectors
+    float most[16];
+    std::fill_n(most, 16, x[0]);
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16)
+        for (int lane = 0; lane < 16; ++lane) most[lane] = x[i + lane] > most[lane] ? x[i + lane] : most[lane];
+    return std::max(*std::max_element(most, most + 16), *std::max_element(x + std::min(i, count - 1), x + count));
+}
+
 struct Query {
     const float* query;
     const CacheSide &key, &value;
@@ -29,12 +48,11 @@ struct Query {
 
     // Tokens [0, tokens) of one sequence, the query heads of one group.
     void attend(int64_t tokens, int64_t group) const {
-        static thread_local std::vector<float> score_memory, block_memory;
+        static thread_local std::vector<Line> score_memory, block_memory;
         const AttentionKernels& kernels = attention_kernels();
         const int64_t width = key.head_dim, share = num_heads / key.groups, longest = num_keys[tokens - 1];
-        if (int64_t(score_memory.size()) < tokens * share * longest) score_memory.resize(size_t(tokens * share * longest));
-        if (int64_t(block_memory.size()) < kKeys * width) block_memory.resize(size_t(kKeys * width));
-        float *scores = score_memory.data(), *block = block_memory.data();
+        const int64_t row_size = (longest + 15) / 16 * 16;
+        float *scores = grown(score_memory, tokens * share * row_size), *block = grown(block_memory, kKeys * width);
         const float scale = 1.0f / std::sqrt(float(width));
         int64_t own[kKeys];
         const auto row_of = [&](int64_t t, int64_t head) { return (t * num_heads + group * share + head) * width; };
@@ -45,12 +63,12 @@ struct Query {
                 if (const int64_t count = std::min(kKeys, num_keys[t] - u); count > 0)
                     for (int64_t head = 0; head < share; ++head)
                         kernels.score(query + row_of(t, head), block, width, count, scale,
-                                      scores + (t * share + head) * longest + u);
+                                      scores + (t * share + head) * row_size + u);
         }
         for (int64_t t = 0; t < tokens; ++t)
             for (int64_t head = 0; head < share; ++head) {
-                float* row = scores + (t * share + head) * longest;
-                const float most = *std::max_element(row, row + num_keys[t]);
+                float* row = scores + (t * share + head) * row_size;
+                const float most = most_of(row, num_keys[t]);
                 const float total = rotate_kernels().exp_sum(row, most, num_keys[t], row);
                 for (int64_t u = 0; u < num_keys[t]; ++u) row[u] /= total;
                 std::fill_n(out + row_of(t, head), width, 0.0f);
@@ -61,7 +79,7 @@ struct Query {
             for (int64_t t = 0; t < tokens; ++t)
                 if (const int64_t count = std::min(kKeys, num_keys[t] - u); count > 0)
                     for (int64_t head = 0; head < share; ++head)
-                        kernels.gather(scores + (t * share + head) * longest + u, block, width, count,
+                        kernels.gather(scores + (t * share + head) * row_size + u, block, width, count,
                                        out + row_of(t, head));
         }
     }

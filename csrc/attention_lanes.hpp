@@ -12,6 +12,7 @@ typedef float F32x16 __attribute__((vector_size(64)));
 typedef uint32_t U32x16 __attribute__((vector_size(64)));
 typedef int32_t I32x16 __attribute__((vector_size(64)));
 typedef uint16_t U16x16 __attribute__((vector_size(32)));
+typedef int16_t I16x16 __attribute__((vector_size(32)));
 typedef int8_t I8x16 __attribute__((vector_size(16)));
 
 template <class V>
@@ -43,7 +44,9 @@ void widen(const CacheSide& side, int64_t group, const int64_t* slots, int64_t c
             case Stored::int8:
                 for (int64_t h = 0; h < width; h += 16) {
                     const auto level = load_as<I8x16>(static_cast<const int8_t*>(side.data) + row * width + h);
-                    store(out + h, __builtin_convertvector(level, F32x16) * side.scale[row]);
+                    // In steps: straight to floats, GCC 12 takes the lanes one by one.
+                    const auto wide = __builtin_convertvector(__builtin_convertvector(level, I16x16), I32x16);
+                    store(out + h, __builtin_convertvector(wide, F32x16) * side.scale[row]);
                 }
                 break;
         }
@@ -70,7 +73,8 @@ inline F32x16 join(F32x16 a, F32x16 b) {
     return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, own ^ half);
 }
 
-void score(const float* query, const float* keys, int64_t head_dim, int64_t count, float scale, float* scores) {
+__attribute__((always_inline)) inline void score_keys(const float* query, const float* keys, int64_t head_dim,
+                                                      int64_t count, float scale, float* scores) {
     int64_t i = 0;
     for (; i + 16 <= count; i += 16, keys += 16 * head_dim) {
         F32x16 sums[8];
@@ -87,6 +91,12 @@ void score(const float* query, const float* keys, int64_t head_dim, int64_t coun
         for (int half = 8; half >= 1; half /= 2) sum = sum + __builtin_shuffle(sum, kIndex ^ half);
         scores[i] = scale * sum[0];
     }
+}
+
+// ERNIE's heads have 128 dimensions: with that known, a query stays in registers while its keys pass.
+void score(const float* query, const float* keys, int64_t head_dim, int64_t count, float scale, float* scores) {
+    if (head_dim == 128) return score_keys(query, keys, 128, count, scale, scores);
+    score_keys(query, keys, head_dim, count, scale, scores);
 }
 
 // Up to eight registers of the output at a time, so that a value is loaded once and the sums stay in registers.

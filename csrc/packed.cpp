@@ -74,14 +74,22 @@ void multiply_group(const PackedKernels& kernels, const Matrix& matrix, const Ac
     const int64_t blocks = matrix.columns / matrix.block;
     alignas(64) int32_t acc[kTokenGroup * kPanelRows];
     int32_t start[kTokenGroup];
+    float scale[kTokenGroup];
     for (int64_t input = 0; input < inputs; input += matrix.block) {
         const int64_t block = (first_input + input) / matrix.block;
-        for (int64_t i = 0; i < count; ++i) start[i] = -offset * x.sum[(t + i) * blocks + block];
-        kernels.multiply_panel(panel + input * kPanelRows, is_int8, matrix.block,
-                               x.q + t * matrix.columns + first_input + input, matrix.columns, start, count, acc);
+        for (int64_t i = 0; i < count; ++i) {
+            start[i] = -offset * x.sum[(t + i) * blocks + block];
+            scale[i] = x.scale[(t + i) * blocks + block];
+        }
+        const uint8_t* own = panel + input * kPanelRows;
+        const int8_t* q = x.q + t * matrix.columns + first_input + input;
+        if (kernels.multiply_add) {
+            kernels.multiply_add(own, matrix.block, q, matrix.columns, start, scale, count, sums);
+            continue;
+        }
+        kernels.multiply_panel(own, is_int8, matrix.block, q, matrix.columns, start, count, acc);
         for (int64_t i = 0; i < count; ++i)
-            kernels.flush(acc + i * kPanelRows, x.scale[(t + i) * blocks + block], kPanelRows, sums + i * kPanelRows,
-                          0);
+            kernels.flush(acc + i * kPanelRows, scale[i], kPanelRows, sums + i * kPanelRows, 0);
     }
 }
 
@@ -103,10 +111,12 @@ void multiply_panels(const Matrix& matrix, const Activations& x, int64_t first, 
                                sums + t * kPanelRows);
         }
         const int64_t rows = std::min<int64_t>(kPanelRows, first + count - row);
+        float multiplier[kPanelRows];
+        std::fill_n(multiplier, rows, 1.0f);
+        scale_rows(multiplier, matrix.row_scale + row, unit_of(matrix), rows);
         for (int64_t t = 0; t < x.tokens; ++t) {
             float* out = y + t * y_stride + row - first;
-            std::copy_n(sums + t * kPanelRows, rows, out);
-            scale_rows(out, matrix.row_scale + row, unit_of(matrix), rows);
+            for (int64_t n = 0; n < rows; ++n) out[n] = sums[t * kPanelRows + n] * multiplier[n];
         }
     }
 }

@@ -73,13 +73,17 @@ struct PackedKernels {
     // 64 rows of int8 (those past `rows` are zero), `columns` of them, as a panel.
     void (*pack_int8)(const int8_t* codes, int64_t stride, int64_t rows, int64_t columns, uint8_t* panel);
     // acc[t][64] = sum over `inputs` of (panel byte - offset) * q, for tokens whose q rows are `stride` apart; `start`
-    // is what a token's accumulators begin with: -offset * its block sum.
+    // is what a token's accumulators begin with: -offset * its block sum. Null where there is multiply_add.
     void (*multiply_panel)(const uint8_t* panel, int is_int8, int64_t inputs, const int8_t* q, int64_t stride,
                            const int32_t* start, int64_t tokens, int32_t* acc);
     // sums[row] = sum over `inputs` of codes * q, for 16 rows `stride` apart.
     void (*dot_rows)(const int8_t* codes, int64_t stride, int64_t inputs, const int8_t* q, int32_t* sums);
     // out[i] += scale * float(acc[i]) for `count` (a multiple of 16) values, and acc[i] = next.
     void (*flush)(int32_t* acc, float scale, int64_t count, float* out, int32_t next);
+    // multiply_panel and flush in one, the accumulators never leaving the registers: sums[t][64] += scale[t] * acc[t].
+    // Null where an instruction set has too few of them for that.
+    void (*multiply_add)(const uint8_t* panel, int64_t inputs, const int8_t* q, int64_t stride, const int32_t* start,
+                         const float* scale, int64_t tokens, float* sums);
 };
 
 const PackedKernels& packed_kernels();  // of current_isa()

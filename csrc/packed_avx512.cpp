@@ -264,8 +264,8 @@ void pack_int8(const int8_t* codes, int64_t stride, int64_t rows, int64_t column
 // 64 rows x `count` tokens: 4 * count accumulators stay in registers, 4 loads and `count` broadcasts feed 4 * count
 // products. With 6 tokens that is 24 accumulators and 12 cycles of vpdpbusd against 5 of loads.
 template <int count>
-void multiply_tokens(const uint8_t* panel, int64_t inputs, const int8_t* q, int64_t stride, const int32_t* start,
-                     int32_t* acc) {
+void add_tokens(const uint8_t* panel, int64_t inputs, const int8_t* q, int64_t stride, const int32_t* start,
+                const float* scale, float* sums) {
     __m512i sum[count][4];
 #pragma GCC unroll 8
     for (int t = 0; t < count; ++t)
@@ -275,9 +275,7 @@ void multiply_tokens(const uint8_t* panel, int64_t inputs, const int8_t* q, int6
         const __m512i w0 = load(w), w1 = load(w + 64), w2 = load(w + 128), w3 = load(w + 192);
 #pragma GCC unroll 8
         for (int t = 0; t < count; ++t) {
-            int32_t four;
-            std::memcpy(&four, q + t * stride + k, 4);
-            const __m512i x = _mm512_set1_epi32(four);
+            const __m512i x = broadcast4(q + t * stride + k);
             sum[t][0] = _mm512_dpbusd_epi32(sum[t][0], w0, x);
             sum[t][1] = _mm512_dpbusd_epi32(sum[t][1], w1, x);
             sum[t][2] = _mm512_dpbusd_epi32(sum[t][2], w2, x);
@@ -286,21 +284,22 @@ void multiply_tokens(const uint8_t* panel, int64_t inputs, const int8_t* q, int6
     }
 #pragma GCC unroll 8
     for (int t = 0; t < count; ++t)
-        for (int i = 0; i < 4; ++i) _mm512_storeu_si512(acc + t * kPanelRows + 16 * i, sum[t][i]);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            // GCC 12 otherwise keeps a copy of every accumulator through the loop, half of them in memory.
+            asm("" : "+v"(sum[t][i]));
+            float* out = sums + t * kPanelRows + 16 * i;
+            const __m512 product = _mm512_mul_ps(_mm512_set1_ps(scale[t]), _mm512_cvtepi32_ps(sum[t][i]));
+            _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), product));
+        }
 }
 
-void multiply_panel(const uint8_t* panel, int, int64_t inputs, const int8_t* q, int64_t stride, const int32_t* start,
-                    int64_t tokens, int32_t* acc) {
-    for (; tokens >= 6; tokens -= 6, q += 6 * stride, start += 6, acc += 6 * kPanelRows)
-        multiply_tokens<6>(panel, inputs, q, stride, start, acc);
-    switch (tokens) {
-        case 1: return multiply_tokens<1>(panel, inputs, q, stride, start, acc);
-        case 2: return multiply_tokens<2>(panel, inputs, q, stride, start, acc);
-        case 3: return multiply_tokens<3>(panel, inputs, q, stride, start, acc);
-        case 4: return multiply_tokens<4>(panel, inputs, q, stride, start, acc);
-        case 5: return multiply_tokens<5>(panel, inputs, q, stride, start, acc);
-        default: return;
-    }
+void multiply_add(const uint8_t* panel, int64_t inputs, const int8_t* q, int64_t stride, const int32_t* start,
+                  const float* scale, int64_t tokens, float* sums) {
+    static constexpr decltype(&add_tokens<1>) counts[] = {add_tokens<1>, add_tokens<2>, add_tokens<3>,
+                                                          add_tokens<4>, add_tokens<5>, add_tokens<6>};
+    for (; tokens > 0; tokens -= 6, q += 6 * stride, start += 6, scale += 6, sums += 6 * kPanelRows)
+        counts[std::min<int64_t>(tokens, 6) - 1](panel, inputs, q, stride, start, scale, sums);
 }
 
 // Sixteen sums of sixteen lanes each: transpose and add, 45 operations for 16 rows.
@@ -346,7 +345,7 @@ void flush(int32_t* acc, float scale, int64_t count, float* out, int32_t next) {
 }
 
 constexpr PackedKernels kernels = {64,        128,            accumulate, accumulate_few, decode_tile,
-                                   pack_int8, multiply_panel, dot_rows,   flush};
+                                   pack_int8, nullptr,       dot_rows,   flush,          multiply_add};
 
 }  // namespace
 

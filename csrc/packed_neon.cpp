@@ -118,7 +118,7 @@ void flush(int32_t* acc, float scale, int64_t count, float* out, int32_t next) {
     }
 }
 
-constexpr PackedKernels kernels = {0, 0, accumulate, nullptr, decode_tile, pack_int8, multiply_panel, dot_rows, flush};
+constexpr PackedKernels kernels = {0, 0, accumulate, nullptr, decode_tile, pack_int8, multiply_panel, dot_rows, flush, nullptr};
 
 }  // namespace
 

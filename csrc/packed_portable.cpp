@@ -99,4 +99,4 @@ void flush(int32_t* acc, float scale, int64_t count, float* out, int32_t next) {
 }  // namespace
 
 const duomo::PackedKernels duomo::packed_portable = {64,        0,        accumulate, nullptr, decode_tile, pack_int8,
-                                                     multiply_panel, dot_rows, flush};
+                                                     multiply_panel, dot_rows, flush, nullptr};
