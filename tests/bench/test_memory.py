@@ -1,4 +1,4 @@
-"""The benchmarks of memory run on a small packed checkpoint, and what they count is what happened."""
+"""The benchmarks of memory and steps run on a small packed checkpoint; what they count is what happened."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from duomo.bench import cap, first_token, memory, session
+from duomo import _native
+from duomo.bench import cap, decode, first_token, memory, session
+from duomo.checkpoints import load_model
 from duomo.checkpoints.inventory import VISION_PARTS, take_inventory
 from duomo.model import BankConfig, SpecialIds
 from duomo.quant.synth import synthesize
@@ -56,3 +58,12 @@ def test_a_session_is_sampled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(session.time, "sleep", lambda seconds: None)
     found = session.run(folder, side_px=112, text_tokens=32)
     assert [what for _, what in found["events"]] == ["text", "a picture arrives", "idle", "text again"]
+
+
+def test_a_step_is_one_decoder_and_one_head(folder: Path) -> None:
+    before = _native.Decoder.run
+    found = decode.profile(decode.Streams(load_model(folder), 1, 8, "float32"), 2)
+    assert set(found["native_ms_a_step"]) == {"Decoder.run", "Integers.linear"}
+    assert 0 < sum(found["native_ms_a_step"].values()) <= found["ms_a_step"] * 1.001
+    assert 0 <= found["share_outside_native"] < 1
+    assert _native.Decoder.run is before  # nothing is left wrapped
