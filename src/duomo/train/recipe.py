@@ -14,17 +14,17 @@ Shares: TypeAlias = tuple[tuple[str, float], ...]
 FIRST: Shares = (("digits", 0.5), ("shapes", 0.35), ("text", 0.15))
 FIRST_CELLS: Shares = (("boards", 0.4), ("digits", 0.4), ("shapes", 0.2))
 ALL: Shares = (
-    ("digits", 0.24),
-    ("meters", 0.08),
-    ("charts", 0.12),
-    ("shapes", 0.08),
+    ("digits", 0.3),
+    ("meters", 0.06),
+    ("charts", 0.1),
+    ("shapes", 0.1),
     ("places", 0.08),
     ("surface", 0.08),
-    ("nuclei", 0.06),
-    ("circuits", 0.08),
-    ("clips", 0.05),
-    ("text", 0.08),
-    ("instructions", 0.05),
+    ("nuclei", 0.05),
+    ("circuits", 0.06),
+    ("clips", 0.03),
+    ("text", 0.1),
+    ("instructions", 0.04),
 )
 ALL_CELLS: Shares = (
     ("boards", 0.1),
@@ -106,10 +106,10 @@ class Recipe:
         ),
         Stage(
             "families",
-            num_steps=9000,
+            num_steps=3200,
             batch_size=32,
             rate=1e-3,
-            decay_from=0.6,
+            decay_from=0.5,
             cell_weight=0.5,
             min_spacing=0.8,
             shares=ALL,
