@@ -392,16 +392,7 @@ class LLM:
         adapter: str = "",
     ) -> list[Asked]:
         name = request_id or f"request-{next(_names)}"
-        media = tuple(
-            MediaBlob(
-                m.kind,
-                span.start,
-                (m.grid.frames, m.grid.rows, m.grid.columns),
-                m.content_hash,
-                m.patches.tobytes(),
-            )
-            for m, span in zip(prompt.media, prompt.spans, strict=True)
-        )
+        media = MediaBlob.all_of(prompt)
         if media and self.config is not None and not self.config.is_multimodal:
             raise PromptError("this model reads text alone; send no pictures or videos")
         images = sum(m.num_tokens for m in media if m.kind == "image")

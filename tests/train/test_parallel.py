@@ -70,7 +70,7 @@ def worker(rank: int, port: int, checkpoint: str, files: list[str], out: str) ->
     optimizer.step()
     shared = loss.detach() / 2
     dist.all_reduce(shared)
-    weights = {name: processes.whole(model, p, p) for name, p in model.named_parameters()}
+    weights = {name: processes.whole(p, p) for name, p in model.named_parameters()}
     if rank == 0:
         torch.save({"loss": float(shared), "norm": norm, "weights": weights}, out)
     dist.destroy_process_group()

@@ -40,16 +40,7 @@ class Reader:
 
     def log_probabilities(self, prompt: Prompt) -> Logs:
         """[T, V] of a whole prompt."""
-        media = tuple(
-            MediaBlob(
-                medium.kind,
-                span.start,
-                (medium.grid.frames, medium.grid.rows, medium.grid.columns),
-                medium.content_hash,
-                medium.patches.tobytes(),
-            )
-            for medium, span in zip(prompt.media, prompt.spans, strict=True)
-        )
+        media = MediaBlob.all_of(prompt)
         self._num_read += 1
         room = NUM_PAGES * PAGE_SIZE
         scheduler = Scheduler(PagePool(NUM_PAGES, PAGE_SIZE), max_step_tokens=room, has_prefix_cache=False)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from duomo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from duomo.processing.prompt import Prompt
 
 FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
 ThinkingMode = Literal["on", "off", "auto"]
@@ -143,6 +146,20 @@ class MediaBlob:
     grid: tuple[int, int, int]  # frames, rows, columns of patches
     content_hash: bytes
     patches: bytes
+
+    @classmethod
+    def all_of(cls, prompt: Prompt) -> tuple[MediaBlob, ...]:
+        """The media of a prompt, in its order."""
+        return tuple(
+            cls(
+                medium.kind,
+                span.start,
+                (medium.grid.frames, medium.grid.rows, medium.grid.columns),
+                medium.content_hash,
+                medium.patches.tobytes(),
+            )
+            for medium, span in zip(prompt.media, prompt.spans, strict=True)
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -36,7 +36,7 @@ def write_result(settings: Settings, trained: Trained, processes: Processes) -> 
 def _write_whole(settings: Settings, trained: Trained, processes: Processes) -> Path:
     """The parts of all processes, put together in a model that lies in none of them."""
     model = trained.model
-    found = {name: processes.whole(model, p, p) for name, p in changing(model).items()}
+    found = {name: processes.whole(p, p) for name, p in changing(model).items()}
     if processes.rank == 0:
         opened = open_trained(settings, lambda line: None)
         parameters = dict(opened.model.named_parameters())

@@ -145,7 +145,9 @@ class Rollouts:
                     thinking="on" if is_thinking else "off",
                 )
                 name = f"{step}/{place}/{number}"
-                requests.append(Request(name, tuple(prompt.ids), params, _blobs(prompt), is_thinking))
+                requests.append(
+                    Request(name, tuple(prompt.ids), params, MediaBlob.all_of(prompt), is_thinking)
+                )
                 owners.append((place, index))
         outputs = run_all(self.engine, requests)
         groups: list[list[Drawn]] = [[] for _ in questions]
@@ -232,16 +234,3 @@ def _continued(sample: Sample, ids: list[int]) -> tuple[Prompt, list[int]]:
     question, _ = _question(sample)
     prompt = Prompt([*question.ids, *ids[:-1]], question.media, question.spans)
     return prompt, [IGNORE] * (len(question.ids) - 1) + ids
-
-
-def _blobs(prompt: Prompt) -> tuple[MediaBlob, ...]:
-    return tuple(
-        MediaBlob(
-            medium.kind,
-            span.start,
-            (medium.grid.frames, medium.grid.rows, medium.grid.columns),
-            medium.content_hash,
-            medium.patches.tobytes(),
-        )
-        for medium, span in zip(prompt.media, prompt.spans, strict=True)
-    )

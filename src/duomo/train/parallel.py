@@ -46,6 +46,10 @@ def _exchange(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
     return out
 
 
+class PlacedParameter(nn.Parameter):
+    """The part of a bank's weights that one process holds; in the other processes lie other experts'."""
+
+
 class PlacedBank(nn.Module):
     """The experts of a bank that this process holds: [E/n, ...], expert `rank * E/n` first."""
 
@@ -62,7 +66,7 @@ class PlacedBank(nn.Module):
         self.down = self._own(base.down, own)
 
     def _own(self, whole: nn.Parameter, own: slice) -> nn.Parameter:
-        part = nn.Parameter(whole.detach()[own].clone(), requires_grad=whole.requires_grad)
+        part: nn.Parameter = PlacedParameter(whole.detach()[own].clone(), requires_grad=whole.requires_grad)
         if part.requires_grad:
             part.register_hook(lambda grad: grad / self.num_processes)
         return part
@@ -121,7 +125,8 @@ def distribute(model: Ernie, mesh: DeviceMesh) -> Ernie:
     for layer in model.decoder.layers:
         if isinstance(layer.mlp, Experts):
             layer.mlp = PlacedExperts(layer.mlp, rank, size)
-    apart = {*placed_parameters(model), *router_parameters(model)}
+    placed = (p for p in model.parameters() if isinstance(p, PlacedParameter))
+    apart = {*placed, *router_parameters(model)}
     shards: list[nn.Module] = list(model.decoder.layers)
     shards += [part for part in (model.vision_tower, model.resampler) if part is not None]
     for module in [*shards, model]:
@@ -129,12 +134,6 @@ def distribute(model: Ernie, mesh: DeviceMesh) -> Ernie:
     for name in ("encode", "unembed"):  # they use the root's weights without being its `forward`
         register_fsdp_forward_method(model, name)
     return model
-
-
-def placed_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
-    for module in model.modules():
-        if isinstance(module, PlacedBank):
-            yield from (module.gate_up, module.down)
 
 
 def router_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
@@ -169,13 +168,12 @@ def clip_(model: nn.Module, most: float, is_shared: bool) -> float:
 
     Squares are added in fp64: torch's fp32 norm is off by 2e-5, which no two ways of sharing would repeat.
     """
-    placed = set(placed_parameters(model))
     shared, alone = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     grads = [(p, p.grad) for p in model.parameters() if p.grad is not None]
     for parameter, grad in grads:
         local = grad.to_local() if isinstance(grad, DTensor) else grad
         square = torch.linalg.vector_norm(local, dtype=torch.float64).square().cpu()
-        if parameter in placed or isinstance(grad, DTensor):
+        if isinstance(parameter, PlacedParameter) or isinstance(grad, DTensor):
             shared += square
         else:
             alone += square

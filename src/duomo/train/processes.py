@@ -1,4 +1,4 @@
-"""The processes of a run: who takes which packs, what is added up, and how state is put together and parted.
+"""The processes of a run: how they start, what they add up, and how state is put together and parted.
 
 The loop is written for one process; `Processes` is what it asks where there may be more. A saved state is
 always whole, in the layout of one process, so a run may go on in any number of them. Started by
@@ -22,7 +22,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from duomo.errors import Error, TrainingError
 from duomo.train.objectives import StepReport
-from duomo.train.parallel import average_routers, clip_, distribute, fill_gradients, placed_parameters
+from duomo.train.parallel import PlacedParameter, average_routers, clip_, distribute, fill_gradients
 from duomo.train.routing import Usage
 from duomo.train.settings import Settings
 
@@ -41,7 +41,7 @@ class Processes:
         if not dist.is_initialized():
             if not dist.is_torchelastic_launched():
                 return cls()
-            dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo")
+            dist.init_process_group(_backend(settings))
         size = dist.get_world_size()
         if size == 1:
             return cls()
@@ -75,22 +75,22 @@ class Processes:
             average_routers(model)
         return clip_(model, most, is_shared=self.mesh is not None)
 
-    def whole(self, model: nn.Module, parameter: nn.Parameter, value: Tensor) -> Tensor:
+    def whole(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
         """`value`, shaped like `parameter` or like its part here, put together. Everybody must call it."""
         value = value.detach()
         if isinstance(value, DTensor):
             return value.full_tensor()
-        if self.mesh is not None and value.ndim and parameter in set(placed_parameters(model)):
+        if isinstance(parameter, PlacedParameter) and value.ndim:
             parts = [torch.empty_like(value) for _ in range(self.size)]
             dist.all_gather(parts, value.contiguous())
             return torch.cat(parts)
         return value
 
-    def part(self, model: nn.Module, parameter: nn.Parameter, value: Tensor) -> Tensor:
+    def part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
         """What of a whole `value` lies in this process."""
         if isinstance(parameter, DTensor) and value.ndim:
             return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-        if self.mesh is not None and value.ndim and parameter in set(placed_parameters(model)):
+        if isinstance(parameter, PlacedParameter) and value.ndim:
             return value.chunk(self.size)[self.rank].clone()
         return value
 
@@ -127,11 +127,14 @@ def run_in(count: int, work: Callable[[Settings], object], settings: Settings) -
     return 0
 
 
+def _backend(settings: Settings) -> str:
+    return "nccl" if settings.device.startswith("cuda") else "gloo"
+
+
 def _enter(rank: int, count: int, port: int, work: Callable[[Settings], object], settings: Settings) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
-    backend = "nccl" if settings.device.startswith("cuda") else "gloo"
     address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group(backend, init_method=address, rank=rank, world_size=count)
+    dist.init_process_group(_backend(settings), init_method=address, rank=rank, world_size=count)
     try:
         work(settings)
     except Error as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +44,8 @@ def save_state(
 ) -> None:
     """Everybody must call it; the first process writes."""
     parameters = changing(model)
-    named = {name: processes.whole(model, p, p) for name, p in parameters.items()}
-    moments = _mapped(optimizer, optimizer.state_dict(), partial(processes.whole, model))
+    named = {name: processes.whole(p, p) for name, p in parameters.items()}
+    moments = _mapped(optimizer, optimizer.state_dict(), processes.whole)
     if processes.rank:
         return
     fields = {
@@ -57,12 +56,12 @@ def save_state(
         "random": torch.get_rng_state(),
         "usage": {f"{place.layer}/{place.modality}": c for place, c in usage.counts.items()},
     }
-    unfinished = path.with_suffix(".partial")
-    with unfinished.open("wb") as file:
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
         torch.save(fields, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    os.replace(partial, path)
 
 
 def _mapped(
@@ -109,9 +108,8 @@ def restore(
     if parameters.keys() != fields["parameters"].keys():
         raise TrainingError("the state of the run is of another model")
     for name, parameter in parameters.items():
-        parameter.copy_(processes.part(model, parameter, fields["parameters"][name]))
-    part = partial(processes.part, model)
-    optimizer.load_state_dict(_mapped(optimizer, fields["optimizer"], part))
+        parameter.copy_(processes.part(parameter, fields["parameters"][name]))
+    optimizer.load_state_dict(_mapped(optimizer, fields["optimizer"], processes.part))
     torch.set_rng_state(fields["random"])
     for place, counts in usage.counts.items():
         counts.copy_(fields["usage"][f"{place.layer}/{place.modality}"])
