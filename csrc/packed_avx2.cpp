@@ -4,7 +4,7 @@
 // symbols a phase sees those above it, so half of the nibble maps are zero and skipped; a short phase (code.hpp) takes
 // two. At 2 bits and L = 12 ten lookups make four phases. The codebook of 64 takes four lookups and three blends. `vpmaddubsw` adds two products in
 // 16 bits: levels are at most 127 and activations 127, so 2 * 127 * 127 = 32258 cannot saturate.
-#include "packed.hpp"
+#include "packed_shapes.hpp"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -24,14 +24,6 @@ void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v
 __m256i table(const uint8_t* p) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-
-// What a code is compiled for.
-template <int phases_, int reach2_, bool is_wide_, bool is_short_>
-struct Shape {
-    static constexpr int phases = phases_, reach2 = reach2_;
-    static constexpr bool is_wide = is_wide_, is_short = is_short_;
-    static constexpr bool goes_short(int p) { return is_short && p >= reach2; }
-};
 
 struct Nibbles {
     __m256i both, low, high;
@@ -154,35 +146,22 @@ void decode_tile_as(const TrellisCode& code, const uint8_t* line, const Start& s
     }
 }
 
-struct Variant {
-    decltype(PackedKernels::accumulate) accumulate;
-    decltype(PackedKernels::decode_tile) decode_tile;
+struct Variants {
+    struct Variant {
+        decltype(PackedKernels::accumulate) accumulate;
+        decltype(PackedKernels::decode_tile) decode_tile;
+    };
+    template <class Shape>
+    static constexpr Variant of = {accumulate_as<Shape>, decode_tile_as<Shape>};
 };
-
-template <class Shape>
-constexpr Variant variant = {accumulate_as<Shape>, decode_tile_as<Shape>};
-
-// [is_short][reach2]: what reaches further cannot be short.
-template <int phases, bool is_wide>
-constexpr Variant variants_of[2][4] = {
-    {variant<Shape<phases, 0, is_wide, false>>, variant<Shape<phases, 1, is_wide, false>>,
-     variant<Shape<phases, std::min(2, phases - 1), is_wide, false>>,
-     variant<Shape<phases, std::min(3, phases - 1), is_wide, false>>},
-    {variant<Shape<phases, 0, is_wide, true>>, variant<Shape<phases, 1, is_wide, true>>}};
-
-const Variant& choose(const TrellisCode& code) {
-    const int is_short = code.is_short && code.reach2 < 2;
-    if (code.bits == 4) return (code.is_wide ? variants_of<2, true> : variants_of<2, false>)[is_short][code.reach2];
-    return (code.is_wide ? variants_of<4, true> : variants_of<4, false>)[is_short][code.reach2];
-}
 
 void accumulate(const TrellisCode& code, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
                 int64_t tiles, const int8_t* x, int32_t* acc) {
-    choose(code).accumulate(code, line, stride, starts, blocks, tiles, x, acc);
+    choose<Variants>(code).accumulate(code, line, stride, starts, blocks, tiles, x, acc);
 }
 
 void decode_tile(const TrellisCode& code, const uint8_t* line, const Start& start, uint8_t* panel) {
-    choose(code).decode_tile(code, line, start, panel);
+    choose<Variants>(code).decode_tile(code, line, start, panel);
 }
 
 // int8 panels stay signed: |w| * (sign(w) x) is the same product, and 2 * 127 * 127 fits 16 bits where 255 * 127 * 2

@@ -12,7 +12,7 @@
 // operations for 256 weights, lcc4-12 half of 4, 4, 4 and 5. On Zen 4 affines and products share two pipes, lookups one
 // of these and a third, a 512-bit operation holds its pipe for two cycles: 9.5 cycles at best, 12.6 measured (14.7
 // before phases went short).
-#include "packed.hpp"
+#include "packed_shapes.hpp"
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__GFNI__)
 #include <immintrin.h>
@@ -39,26 +39,17 @@ __m512i broadcast4(const int8_t* p) {
     return _mm512_set1_epi32(four);
 }
 
-// What a code is compiled for.
-template <int phases_, int reach2_, bool is_wide_, bool is_short_>
-struct Shape {
-    static constexpr int phases = phases_, reach2 = reach2_;
-    static constexpr bool is_wide = is_wide_, is_short = is_short_;
-};
-
 template <class Shape>
 struct Decoder {
     static constexpr int phases = Shape::phases;
     __m512i near_u8[phases], before_u8[phases], merge_u8[phases];
     __m512i levels_low[phases], levels_high[phases];
 
-    static constexpr bool goes_short(int p) { return Shape::is_short && p >= Shape::reach2; }
-
     explicit Decoder(const TrellisCode& code) {
         for (int p = 0; p < phases; ++p) {
-            levels_low[p] = load(goes_short(p) ? code.short_level[p] : code.level);
-            levels_high[p] = load((goes_short(p) ? code.short_level[p] : code.level) + 64);
-            if (goes_short(p)) {
+            levels_low[p] = load(Shape::goes_short(p) ? code.short_level[p] : code.level);
+            levels_high[p] = load((Shape::goes_short(p) ? code.short_level[p] : code.level) + 64);
+            if (Shape::goes_short(p)) {
                 near_u8[p] = _mm512_set1_epi64(int64_t(code.short_matrix[p]));
                 merge_u8[p] = _mm512_set1_epi8(char(code.short_mask[p]));
                 continue;
@@ -72,7 +63,7 @@ struct Decoder {
 
     template <int p>
     __m512i index_of(__m512i now, __m512i back1, __m512i back2) const {
-        if constexpr (goes_short(p)) {
+        if constexpr (Shape::goes_short(p)) {
             constexpr bool is_late = p >= phases / 2;
             const __m512i mapped = _mm512_gf2p8affine_epi64_epi8(is_late ? now : back1, near_u8[p], 0);
             const __m512i other = is_late ? back1 : _mm512_srli_epi16(now, 4);
@@ -177,35 +168,19 @@ void decode_tile_as(const TrellisCode& code, const uint8_t* line, const Start& s
     }
 }
 
-using Accumulate = decltype(PackedKernels::accumulate_few);
-using DecodeTile = decltype(PackedKernels::decode_tile);
-
-struct Variant {
-    Accumulate accumulate;
-    DecodeTile decode_tile;
+struct Variants {
+    struct Variant {
+        decltype(PackedKernels::accumulate_few) accumulate;
+        decltype(PackedKernels::decode_tile) decode_tile;
+    };
+    template <class Shape>
+    static constexpr Variant of = {accumulate_as<Shape>, decode_tile_as<Shape>};
 };
-
-template <class Shape>
-constexpr Variant variant = {accumulate_as<Shape>, decode_tile_as<Shape>};
-
-// [is_short][reach2]: what reaches further cannot be short.
-template <int phases, bool is_wide>
-constexpr Variant variants_of[2][4] = {
-    {variant<Shape<phases, 0, is_wide, false>>, variant<Shape<phases, 1, is_wide, false>>,
-     variant<Shape<phases, std::min(2, phases - 1), is_wide, false>>,
-     variant<Shape<phases, std::min(3, phases - 1), is_wide, false>>},
-    {variant<Shape<phases, 0, is_wide, true>>, variant<Shape<phases, 1, is_wide, true>>}};
-
-const Variant& choose(const TrellisCode& code) {
-    const int is_short = code.is_short && code.reach2 < 2;
-    if (code.bits == 4) return (code.is_wide ? variants_of<2, true> : variants_of<2, false>)[is_short][code.reach2];
-    return (code.is_wide ? variants_of<4, true> : variants_of<4, false>)[is_short][code.reach2];
-}
 
 void accumulate_few(const TrellisCode& code, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
                     int64_t tiles, const int8_t* x, int64_t x_stride, int64_t tokens, int32_t* acc,
                     int64_t acc_stride) {
-    choose(code).accumulate(code, line, stride, starts, blocks, tiles, x, x_stride, tokens, acc, acc_stride);
+    choose<Variants>(code).accumulate(code, line, stride, starts, blocks, tiles, x, x_stride, tokens, acc, acc_stride);
 }
 
 void accumulate(const TrellisCode& code, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
@@ -214,7 +189,7 @@ void accumulate(const TrellisCode& code, const uint8_t* line, int64_t stride, co
 }
 
 void decode_tile(const TrellisCode& code, const uint8_t* line, const Start& start, uint8_t* panel) {
-    choose(code).decode_tile(code, line, start, panel);
+    choose<Variants>(code).decode_tile(code, line, start, panel);
 }
 
 // Transposes 16 x 16 dwords: rows of memory in, columns out.

@@ -19,13 +19,12 @@ import numpy as np
 from PIL import Image
 
 from duomo.checkpoints import load_config
-from duomo.processing.images import content_hash, load_image
+from duomo.processing.images import load_image
 from duomo.processing.messages import ImagePart, Message, TextPart, Tool, VideoPart
-from duomo.processing.patches import patchify
 from duomo.processing.prompt import Media, Prompt
 from duomo.processing.template import build_prompt
 from duomo.processing.tokenizer import Tokenizer
-from duomo.processing.video import stamp_frames
+from duomo.processing.video import load_frames
 from duomo.quant import build_plan, quantize
 from duomo.quant.plan import Kind
 from duomo.tasks import Example, Handwriting, Split, Turn, dialogue, digits, load_handwriting, shapes
@@ -79,8 +78,7 @@ def _answered(example: Example, turn: Turn, tokenizer: Tokenizer) -> Prompt:
         if isinstance(part, ImagePart):
             return load_image(part)
         assert example.picture is not None
-        patches, grid = patchify(stamp_frames(example.picture, example.times))
-        return Media("video", patches, grid, content_hash(patches, grid))
+        return load_frames(example.picture, example.times)
 
     tools = [Tool(function.name, "", function.schema) for function in turn.functions]
     prompt = build_prompt(

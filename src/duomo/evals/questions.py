@@ -15,13 +15,12 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from duomo.processing.images import content_hash, load_image
+from duomo.processing.images import load_image
 from duomo.processing.messages import ImagePart, Message, Tool, VideoPart
-from duomo.processing.patches import patchify
 from duomo.processing.prompt import Media, Prompt
 from duomo.processing.template import build_prompt
 from duomo.processing.tokenizer import Tokenizer
-from duomo.processing.video import stamp_frames
+from duomo.processing.video import load_frames
 from duomo.tasks import Example, Handwriting, Turn, dialogue, digits, shapes
 from duomo.tasks.scene import Function, Pixels
 
@@ -123,8 +122,7 @@ def prompt_of(question: Question, tokenizer: Tokenizer) -> Prompt:
         if isinstance(part, ImagePart):
             return load_image(part)
         assert question.picture is not None
-        patches, grid = patchify(stamp_frames(question.picture, question.times))
-        return Media("video", patches, grid, content_hash(patches, grid))
+        return load_frames(question.picture, question.times)
 
     tools = [Tool(function.name, "", function.schema) for function in question.functions]
     message = message_of(question)
