@@ -5,6 +5,9 @@ import json
 import re
 from hashlib import sha256
 
+from duomo.serve.backend import Piece, ToolPiece
+from duomo.serve.items import Items, items_of
+from duomo.serve.respond import Answer
 from tests.serve.conftest import picture_url
 
 TOOL = {"type": "function", "name": "look", "parameters": {"type": "object"}}
@@ -41,7 +44,15 @@ def test_tools_pictures_and_what_needs_a_store(server):
     body = {"input": "hi", "tools": [TOOL], "tool_choice": "required"}
     call = server.client.post("/v1/responses", json=body).json()["output"][-1]
     assert call["type"] == "function_call" and json.loads(call["arguments"]) == {"text": "脚本"}
-    assert events(server, body)[-1]["response"]["output"][-1]["name"] == "look"
+    got = events(server, body)
+    assert got[-1]["response"]["output"][-1]["name"] == "look"
+    deltas = [e for e in got if e["type"] == "response.function_call_arguments.delta"]
+    assert [e["delta"] for e in deltas] == ['{"text"', ': "脚本"', "}"]  # as they were made
+    item = next(e for e in got if e["type"] == "response.output_item.added" and "call_id" in e["item"])
+    assert item["item"]["arguments"] == "" and item["item"]["status"] == "in_progress"
+    assert {(e["item_id"], e["output_index"]) for e in deltas} == {(item["item"]["id"], item["output_index"])}
+    done = next(e for e in got if e["type"] == "response.function_call_arguments.done")
+    assert json.loads(done["arguments"]) == {"text": "脚本"} and done["name"] == "look"
     result = {"type": "function_call_output", "call_id": call["call_id"], "output": "a cat"}
     content = [{"type": "input_text", "text": "what?"}, {"type": "input_image", "image_url": picture_url()}]
     history = [{"role": "user", "content": content}, call, result]
@@ -49,6 +60,30 @@ def test_tools_pictures_and_what_needs_a_store(server):
     assert got.status_code == 200 and got.json()["usage"]["input_tokens_details"]["image_tokens"] == 64
     for wrong in ({"previous_response_id": "x"}, {"background": True}, {"input": [{"type": "nonsense"}]}):
         assert server.client.post("/v1/responses", json={"input": "x", **wrong}).status_code == 400
+
+
+def test_a_withdrawn_call_closes_and_is_left_out_of_the_response():
+    items, answer = Items("job"), Answer()
+    pieces = [
+        Piece(text="I look. "),
+        Piece(tools=(ToolPiece(0, "call_0", "look"), ToolPiece(0, arguments='{"at": '))),
+        Piece(tools=(ToolPiece(1, "call_1", "touch", "{}"),)),
+        Piece(tools=(ToolPiece(0, is_broken=True),), text='look{"at": nothing'),
+        Piece(tools=(ToolPiece(2, "call_2", "smell"), ToolPiece(2, is_broken=True))),  # in one breath
+    ]
+    told = []
+    for piece in pieces:
+        answer.add(piece)
+        told += items.add(piece)
+    output = items.in_order(items_of("job", answer))
+    told += items.close(output)
+    assert [item["id"] for item in output] == ["msg_job", "fc_job_1"]
+    added = {f["item"]["id"]: f["output_index"] for name, f in told if name == "output_item.added"}
+    assert added == {"msg_job": 0, "fc_job_0": 1, "fc_job_1": 2, "fc_job_2": 3}
+    ended = {f["item"]["id"]: f["item"]["status"] for name, f in told if name == "output_item.done"}
+    assert ended == {
+        "fc_job_0": "incomplete", "fc_job_2": "incomplete", "msg_job": "completed", "fc_job_1": "completed"
+    }  # fmt: skip
 
 
 def test_the_document_names_every_route_and_resolves(server):

@@ -304,11 +304,14 @@ def _child(place: str, folder: str, options: dict[str, Any]) -> None:
             getattr(engine, command.verb)(command.request_id)
         else:
             getattr(engine, command.verb)()
+    failure = engine.failure
     engine.close()
     pending.put(None)
     sender.join(timeout=5)
     if os.getppid() != parent:  # it was killed, and cannot tidy up itself
         shutil.rmtree(place, ignore_errors=True)
+    if failure is not None:
+        sys.exit(1)
 
 
 def _answer(engine: Engine, ask: Ask) -> Reply:

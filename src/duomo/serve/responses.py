@@ -20,6 +20,7 @@ from duomo.engine.request import Usage
 from duomo.serve import schema
 from duomo.serve.backend import Job, Piece
 from duomo.serve.chat import job_of
+from duomo.serve.items import Items, items_of
 from duomo.serve.problems import invalid, problem_of
 from duomo.serve.respond import Answer, Dialect, Spent, respond
 from duomo.serve.server import answers, request_id, server_of
@@ -268,7 +269,7 @@ def response_of(call: ResponsesRequest, job: Job, answer: Answer | None, usage: 
     out.status = "completed"
     if answer.finish_reason == "length":
         out.status, out.incomplete_details = "incomplete", {"reason": "max_output_tokens"}
-    out.output = items_of(job, answer)
+    out.output = items_of(job.id, answer)
     out.usage = {
         "input_tokens": usage.prompt_tokens,
         "output_tokens": usage.completion_tokens,
@@ -279,102 +280,29 @@ def response_of(call: ResponsesRequest, job: Job, answer: Answer | None, usage: 
     return out
 
 
-def items_of(job: Job, answer: Answer) -> list[schema.Object]:
-    """Reasoning, message and calls, in the order they were made."""
-    items: list[schema.Object] = []
-    if answer.reasoning:
-        content = [{"type": "reasoning_text", "text": answer.reasoning}]
-        items.append({"id": f"rs_{job.id}", "type": "reasoning", "summary": [], "content": content})
-    if answer.text or not answer.tools:
-        items.append(_message(job, "completed", [_text(answer.text)]))
-    for index, tool in sorted(answer.tools.items()):
-        items.append(
-            {
-                "id": f"fc_{job.id}_{index}",
-                "type": "function_call",
-                "call_id": tool.id,
-                "name": tool.function.name,
-                "arguments": tool.function.arguments,
-                "status": "completed",
-            }
-        )
-    return items
-
-
-def _message(job: Job, status: str, content: list[schema.Object]) -> schema.Object:
-    return {
-        "id": f"msg_{job.id}",
-        "type": "message",
-        "role": "assistant",
-        "status": status,
-        "content": content,
-    }
-
-
-def _text(text: str) -> schema.Object:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
 async def events(call: ResponsesRequest, job: Job, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
-    """Named, numbered events; items open as their first delta comes and close in order at the end."""
+    """Named, numbered events; the last one holds the whole response."""
     number = -1
-    answer, spent, opened = Answer(), Spent(), list[str]()
+    answer, spent, items = Answer(), Spent(), Items(job.id)
 
-    def told(name: str, **fields: Any) -> bytes:
+    def told(name: str, /, **fields: Any) -> bytes:
         nonlocal number
         number += 1
-        return event({"type": name, "sequence_number": number, **fields}, name)
+        return event({"type": f"response.{name}", "sequence_number": number, **fields}, f"response.{name}")
 
     begun = response_of(call, job, None, Usage())
-    yield told("response.created", response=begun)
-    yield told("response.in_progress", response=begun)
+    yield told("created", response=begun)
+    yield told("in_progress", response=begun)
     async for piece in pieces:
         spent.add(piece)
         answer.add(piece)
-        if piece.reasoning:
-            if "rs" not in opened:
-                opened.append("rs")
-                item = {"id": f"rs_{job.id}", "type": "reasoning", "summary": []}
-                yield told("response.output_item.added", output_index=len(opened) - 1, item=item)
-            where = {"item_id": f"rs_{job.id}", "output_index": opened.index("rs"), "content_index": 0}
-            yield told("response.reasoning_text.delta", **where, delta=piece.reasoning)
-        if piece.text:
-            where = {"item_id": f"msg_{job.id}", "content_index": 0}
-            if "msg" not in opened:
-                opened.append("msg")
-                item = _message(job, "in_progress", [])
-                yield told("response.output_item.added", output_index=len(opened) - 1, item=item)
-                at = {**where, "output_index": opened.index("msg")}
-                yield told("response.content_part.added", **at, part=_text(""))
-            at = {**where, "output_index": opened.index("msg")}
-            yield told("response.output_text.delta", **at, delta=piece.text, logprobs=[])
+        for name, fields in items.add(piece):
+            yield told(name, **fields)
     response = response_of(call, job, answer, spent.total)
-    for index, item in enumerate(response.output):
-        for closing in _closing(item, index, index >= len(opened)):
-            yield told(closing.pop("name"), **closing)
-    yield told(f"response.{response.status}", response=response)
-
-
-def _closing(item: schema.Object, index: int, is_new: bool) -> list[schema.Object]:
-    """The events that end one item, and those that begin it where no delta did."""
-    where = {"item_id": item["id"], "output_index": index}
-    out: list[schema.Object] = []
-    if is_new:
-        out.append({"name": "response.output_item.added", "output_index": index, "item": item})
-    if item["type"] == "reasoning":
-        text = item["content"][0]["text"]
-        out.append({"name": "response.reasoning_text.done", **where, "content_index": 0, "text": text})
-    elif item["type"] == "message":
-        part, at = item["content"][0], {**where, "content_index": 0}
-        out.append({"name": "response.output_text.done", **at, "text": part["text"], "logprobs": []})
-        out.append({"name": "response.content_part.done", **at, "part": part})
-    else:
-        arguments = item["arguments"]
-        out.append({"name": "response.function_call_arguments.delta", **where, "delta": arguments})
-        done = {"name": "response.function_call_arguments.done", **where, "arguments": arguments}
-        out.append({**done, "item_name": item["name"]})
-    out.append({"name": "response.output_item.done", "output_index": index, "item": item})
-    return out
+    response.output = items.in_order(response.output)
+    for name, fields in items.close(response.output):
+        yield told(name, **fields)
+    yield told(response.status, response=response)
 
 
 def _failed(error: BaseException) -> bytes:

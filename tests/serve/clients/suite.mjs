@@ -57,6 +57,12 @@ for await (const event of await api.responses.create({ model: "duomo", input: "h
 assert.equal(kinds[0], "response.created");
 assert.equal(kinds.at(-1), "response.completed");
 
+const flat = { type: "function", name: "look", parameters, strict: false };
+const calling = await api.responses
+  .stream({ model: "duomo", input: "hi", tools: [flat], tool_choice: "required" })
+  .finalResponse();
+assert.equal(calling.output.at(-1).arguments, call.arguments);
+
 const decided = await api.decisions.create({
   model: "duomo",
   input: [{ role: "user", content: [{ type: "input_image", image_url: picture }] }],

@@ -40,6 +40,11 @@ def openai():
     with api.responses.stream(model="duomo", input="hi") as stream:
         final = stream.get_final_response()
     assert final.output_text == text and final.usage == answer.usage
+    flat = {"type": "function", **TOOL}
+    with api.responses.stream(model="duomo", input="hi", tools=[flat], tool_choice="required") as stream:
+        deltas = [e.delta for e in stream if e.type == "response.function_call_arguments.delta"]
+        called = stream.get_final_response().output[-1]
+    assert len(deltas) > 1 and "".join(deltas) == called.arguments == call.function.arguments
     if hasattr(api, "decisions"):
         content = [{"type": "input_image", "image_url": picture}]
         like = {"type": "input_text", "text": "It is like this one."}
