@@ -7,7 +7,7 @@ unpickled. Paddle writes bfloat16 as U16; that is read as what it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -111,10 +111,14 @@ class SafetensorsFile:
 
 
 class TensorStore:
-    """All tensors of a folder (or of one file), by their names on disk."""
+    """All tensors of a folder (or of one file), by their names on disk.
 
-    def __init__(self, path: Path) -> None:
+    `trust` is told of a file before any tensor of it is read, and raises where it is not to be believed.
+    """
+
+    def __init__(self, path: Path, trust: Callable[[Path], None] = lambda path: None) -> None:
         self.files = [SafetensorsFile(file) for file in weight_files(path)]
+        self._trust = trust
         self._homes = {name: file for file in self.files for name in file.entries}
 
     def __contains__(self, name: str) -> bool:
@@ -127,7 +131,9 @@ class TensorStore:
         return self._home(name).entries[name]
 
     def read(self, name: str) -> Tensor:
-        return self._home(name).read(name)
+        home = self._home(name)
+        self._trust(home.path)
+        return home.read(name)
 
     def _home(self, name: str) -> SafetensorsFile:
         if name not in self._homes:

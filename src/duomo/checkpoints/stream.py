@@ -14,23 +14,36 @@ import torch
 from torch import Tensor, nn
 
 from duomo.checkpoints import load as loading
+from duomo.checkpoints.checksums import Checksums
 from duomo.checkpoints.files import TensorStore
 from duomo.checkpoints.names import Entry, pt_entries
 from duomo.checkpoints.quantized import dequantize, open_quantized
+from duomo.errors import CheckpointError
 from duomo.model import Ernie, ModelConfig
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class CheckpointStream:
-    """PT, Paddle or native: `fill(module, prefix)` reads the parameters `prefix` + the module's own names."""
+    """PT, Paddle or native: `fill(module, prefix)` reads the parameters `prefix` + the module's own names.
+
+    Where the folder has SHA256SUMS, each file is compared with it before its first tensor is read.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._store = TensorStore(self.folder)
-        config = loading.load_config(self.folder)
-        self.config, _, self._places = loading.place_entries(config, self._store)
-        loading.check_names(self._store, self._places)
+        self.checksums = Checksums.of(self.folder)
+        self.checksums.compare_small()
+        self._store = TensorStore(self.folder, self.checksums.compare)
+        try:
+            config = loading.load_config(self.folder)
+            self.config, _, self._places = loading.place_entries(config, self._store)
+            loading.check_names(self._store, self._places)
+        except CheckpointError:
+            self.checksums.compare_all(
+                file.path for file in self._store.files
+            )  # a damaged header is no riddle
+            raise
 
     def fill(self, module: M, prefix: str) -> M:
         """Copies the module's parameters from disk, into whatever dtype they have."""

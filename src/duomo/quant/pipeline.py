@@ -146,7 +146,7 @@ class _Run:
 
     def _claim(self) -> None:
         """Marks the folder as this run's, or finds that it already is."""
-        settings = _fingerprint(self.source, self.plan, self.calibration)
+        settings = _fingerprint(self.stream, self.plan, self.calibration)
         settings |= {"budget": self.budget_bytes, "is_tuned": self.is_tuned}
         mine = json.dumps(settings, sort_keys=True)
         mark = self.work / "run.json"
@@ -312,13 +312,17 @@ def _relative(
     return error / sum(a.square().sum().item() for a, _ in pairs)
 
 
-def _fingerprint(source: Path, plan: BitPlan, calibration: Sequence[Prompt]) -> dict[str, Any]:
+def _fingerprint(stream: CheckpointStream, plan: BitPlan, calibration: Sequence[Prompt]) -> dict[str, Any]:
+    """What a run must share with the one it goes on from. A file with a checksum may be fetched again."""
     prompts = 0
     for prompt in calibration:
         prompts = zlib.crc32(json.dumps(prompt.ids).encode(), prompts)
         for medium in prompt.media:
             prompts = zlib.crc32(medium.content_hash, prompts)
-    files = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(source.glob("*.safetensors"))]
+    files = []
+    for path in sorted(stream.folder.glob("*.safetensors")):
+        stat, digest = path.stat(), stream.checksums.digests.get(path.name)
+        files.append([path.name, digest] if digest else [path.name, stat.st_size, stat.st_mtime_ns])
     return {
         "files": files,
         "plan": repr(plan),

@@ -1,7 +1,7 @@
 """A finished run into a checkpoint that everything else opens: `python -m duomo.train.export`.
 
 The PT layout with bf16 weights and fp32 routers, the tokenizer, the generation and preprocessing defaults,
-and SHA256SUMS over all of it. The model card beside them is written by hand and kept.
+and SHA256SUMS over all of it. The model card beside them is written by hand, kept, and in no sum.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from duomo.checkpoints import save_model
+from duomo.checkpoints.checksums import SUMS_NAME
 from duomo.model import Ernie
 from duomo.processing.tokenizer import Tokenizer
 from duomo.train.recipe import Recipe
@@ -24,6 +25,7 @@ from duomo.train.run import averaged, build_model
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
 MAX_PIXELS = 140 * 168  # the largest picture of the training; bigger ones are reduced to it
 MIN_PIXELS = 56 * 112
+_NOT_SUMMED = (SUMS_NAME, "README.md")
 
 
 def export(run: Path, folder: Path) -> None:
@@ -69,10 +71,10 @@ def _settings(model: Ernie, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
 
 
 def write_sums(folder: Path) -> None:
-    """SHA256SUMS of every other file in the folder, as `sha256sum --check` reads it."""
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != "SHA256SUMS")
+    """SHA256SUMS of the folder's files but the card, as `sha256sum --check` reads it."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in _NOT_SUMMED)
     lines = [f"{sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files]
-    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+    (folder / SUMS_NAME).write_text("".join(lines), encoding="utf-8")
 
 
 def main() -> None:
