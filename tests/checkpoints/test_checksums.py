@@ -1,4 +1,4 @@
-"""SHA256SUMS beside a source: what is damaged is named, each file is read for it once, a mended one goes on."""
+"""SHA256SUMS beside a source: what is damaged is named, each is read for it once, a mended one goes on."""
 
 import shutil
 from hashlib import sha256
@@ -62,7 +62,7 @@ def test_a_damaged_file_is_named_and_a_mended_one_goes_on(pristine, source, tmp_
     shutil.copyfile(pristine / last.name, last)
     steps = []
     quantize(source, tmp_path / "two", "2", progress=steps.append)
-    assert steps[0].done > 2
+    assert steps[0].done >= 2
     quantize(pristine, tmp_path / "whole", "2")
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()

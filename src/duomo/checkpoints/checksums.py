@@ -1,9 +1,9 @@
 """SHA256SUMS of a checkpoint's folder, as `sha256sum` writes it: no file is believed before it was compared.
 
-A weight file is compared just before its first tensor is read, from its first byte to its last. The tensors then
-come from the pages that this brought in, so a file that fits the free memory is read from disk once; comparing
-all of them first would read a checkpoint larger than memory twice. The price: damage in the last file is found
-when the last layers are due. Small files are compared at once; what is not listed is not judged.
+A weight file is compared just before its first tensor is read, from its first byte to its last. The tensors
+then come from the pages that this brought in, so a file that fits the free memory is read from disk once;
+comparing all of them first would read a checkpoint larger than memory twice. The price: damage in the last
+file is found when the last layers are due. Small files are compared at once, what is not listed never.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Checksums:
         found = _digest(path)
         if found != listed:
             raise CorruptFile(
-                f"{path} is damaged: its SHA-256 begins {found[:12]}, {SUMS_NAME} beside it says {listed[:12]}; "
-                f"fetch the file again, or leave {SUMS_NAME} out if it was changed on purpose",
+                f"{path} is damaged: its SHA-256 begins {found[:12]}, {SUMS_NAME} beside it says "
+                f"{listed[:12]}; fetch the file again, or leave {SUMS_NAME} out if it was changed on purpose",
                 file=str(path),
             )
         self._compared.add(path.name)

@@ -37,7 +37,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{folder} has no config.json; give the folder of a checkpoint") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not readable JSON: {error}") from error

@@ -141,10 +141,11 @@ def quantize_bank(
 
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(num_threads)
     try:
-        with ThreadPoolExecutor(num_threads) as pool:
-            groups = list(pool.map(some, range(0, len(weights_ENK), AT_ONCE)))
+        groups = list(pool.map(some, range(0, len(weights_ENK), AT_ONCE)))
     finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for experts half done
         torch.set_num_threads(torch_threads)
     return [tensor for group in groups for tensor in group]
 

@@ -42,16 +42,25 @@ from duomo.quant.walk import embed_batches, walk
 from duomo.trellis.code import LCC2_12, TrellisCode
 
 WORK = ".quantize"
+_SETTINGS = {
+    "files": "source",
+    "plan": "plan of bits",
+    "prompts": "calibration",
+    "budget": "budget",
+    "is_tuned": "choice of --tune",
+    "format": "version of duomo",
+}
+"""What runs are told apart by, in words."""
 _NOT_COPIED = (".safetensors", ".index.json", "SHA256SUMS", ".pdparams", ".bin", ".pt")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """After each piece: how far, and the seconds left at the pace so far."""
+    """At the start and after each piece: how far, and the seconds left at the pace so far."""
 
     done: int
     total: int
-    seconds_left: float
+    seconds_left: float | None  # None before there is a pace
     what: str
 
 
@@ -79,6 +88,12 @@ def quantize(
         if not budget_bytes or not calibration:
             raise ConfigError("--bits auto needs a budget of bytes and calibration prompts to measure with")
         least_bytes(plan, _shapes(stream), budget_bytes)
+    elif budget_bytes:
+        raise ConfigError("a budget of bytes is for --bits auto; the other plans have their own size")
+    if is_tuned and not calibration:
+        raise ConfigError("tuning needs calibration prompts")
+    if num_threads < 1:
+        raise ConfigError(f"{num_threads} threads; give 1 or more")
     run = _Run(source, target, stream, plan, calibration, budget_bytes, num_threads, progress, is_tuned)
     return run.go()
 
@@ -104,19 +119,27 @@ class _Run:
         self.total = len(stream.config.expert_layers) + 2
 
     def go(self) -> dict[str, Any]:
-        """Everything; an OSError of a full disk as CheckpointError: the run goes on once there is room."""
+        """Everything; what the disk refuses as CheckpointError: the run goes on once it no longer does."""
         try:
             return self._go()
         except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+                raise CheckpointError(
+                    f"no space left in {self.target}; make room and give the same command, "
+                    "it goes on from there"
+                ) from error
+            place = str(getattr(error, "filename", None) or "")
+            if not place.startswith(str(self.target)):
                 raise
-            raise CheckpointError(
-                f"no space left in {self.target}; make room and give the same command, it goes on from there"
-            ) from error
+            assert isinstance(error, OSError)
+            raise CheckpointError(f"{place} cannot be used: {error.strerror}") from error
 
     def _go(self) -> dict[str, Any]:
+        self._check_target()
         self._check_room()
         self._claim()
+        num_done = sum(self._is_done(number) for number in range(self.total))
+        self.progress(Progress(num_done, self.total, None, "quantizing"))
         if self.plan.name == "auto":
             self.plan = raise_banks(self.plan, _shapes(self.stream), self._sensitivities(), self.budget_bytes)
         self._outside()
@@ -144,22 +167,36 @@ class _Run:
                 available=free,
             )
 
-    def _claim(self) -> None:
-        """Marks the folder as this run's, or finds that it already is."""
+    def _settings(self) -> dict[str, Any]:
+        """What a run must share with the one it goes on from, as it comes back from JSON."""
         settings = _fingerprint(self.stream, self.plan, self.calibration)
         settings |= {"budget": self.budget_bytes, "is_tuned": self.is_tuned}
-        mine = json.dumps(settings, sort_keys=True)
+        return dict(json.loads(json.dumps(settings)))
+
+    def _check_target(self) -> None:
+        """ConfigError for a folder that is somebody else's, or of a run with other settings."""
         mark = self.work / "run.json"
-        if mark.exists():
-            if mark.read_text() != mine:
-                raise ConfigError(
-                    f"{self.target} holds an unfinished run with other settings; give a new folder"
-                )
+        if self.target.exists() and not self.target.is_dir():
+            raise ConfigError(f"{self.target} is a file; give a new folder")
+        if not mark.exists():
+            if self.target.exists() and any(p.name != WORK for p in self.target.iterdir()):
+                raise ConfigError(f"{self.target} is not empty; give a new folder")
             return
-        if self.target.exists() and any(self.target.iterdir()):
-            raise ConfigError(f"{self.target} is not empty; give a new folder")
-        self.work.mkdir(parents=True)
-        _write_text(mark, mine)
+        theirs, mine = json.loads(mark.read_text()), self._settings()
+        if others := [word for key, word in _SETTINGS.items() if theirs.get(key) != mine[key]]:
+            raise ConfigError(
+                f"{self.target} holds an unfinished run with another {' and '.join(others)}; "
+                "give a new folder, or the command it was begun with"
+            )
+        for note in self.work.glob("piece-*.json"):
+            piece = self._piece(int(note.stem.partition("-")[2]))
+            if not piece.exists() or piece.stat().st_size != json.loads(note.read_text())["bytes"]:
+                raise CheckpointError(f"{piece} is not as the unfinished run left it; give a new folder")
+
+    def _claim(self) -> None:
+        """Marks the folder as this run's."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        _write_text(self.work / "run.json", json.dumps(self._settings(), sort_keys=True))
 
     def _sensitivities(self) -> dict[str, float]:
         """Measured once; a run taken up again reads them."""
@@ -265,7 +302,16 @@ class _Run:
             "quantization": {"format": FORMAT, "version": VERSION, "plan": self.plan.name},
         }
         costs = self._sensitivities() if self.plan.name == "auto" else {}
-        report = write_report(self.target, self.source, self.stream.config, self.plan, pieces, quality, costs)
+        report = write_report(
+            self.target,
+            self.source,
+            self.stream.config,
+            self.plan,
+            pieces,
+            quality,
+            costs,
+            bool(self.calibration),
+        )
         _write_text(self.target / "config.json", json.dumps(fields, indent=2) + "\n")
         self.progress(Progress(self.total, self.total, 0.0, "quantized"))
         return report

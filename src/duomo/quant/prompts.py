@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from duomo.errors import ConfigError
+from duomo.errors import ConfigError, MediaError
 from duomo.model import ModelConfig
 from duomo.processing.images import load_image
 from duomo.processing.messages import ImagePart
@@ -42,7 +42,9 @@ def read_prompts(path: str | Path, tokenizer: Tokenizer, config: ModelConfig) ->
             caption = file.with_suffix(".txt")
             prompts.append(_picture(file, _text(caption) if caption.exists() else "", tokenizer, config))
     if not prompts:
-        raise ConfigError(f"{path} holds no calibration prompts: no .txt, .jsonl or pictures")
+        raise ConfigError(
+            f"{path} holds no calibration prompts; it needs text in .txt or .jsonl, or pictures"
+        )
     return prompts
 
 
@@ -58,9 +60,16 @@ def _lines(file: Path, tokenizer: Tokenizer, config: ModelConfig) -> Iterator[Pr
             continue
         try:
             row = json.loads(line)
-            text, image = str(row.get("text", "")), row.get("image")
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(f'{file}:{number} is not {{"text": ..., "image": ...}}: {error}') from error
+        except ValueError as error:
+            raise ConfigError(f"{file}:{number} is not JSON: {error}") from error
+        fields = row if isinstance(row, dict) else {}
+        text, image = fields.get("text", ""), fields.get("image")
+        if (
+            not {"text", "image"} & set(fields)
+            or not isinstance(text, str)
+            or isinstance(image, (list, dict))
+        ):
+            raise ConfigError(f'{file}:{number} is not {{"text": "...", "image": "a path, or left out"}}')
         if image is not None:
             yield _picture(file.parent / str(image), text, tokenizer, config)
         else:
@@ -74,6 +83,8 @@ def _picture(file: Path, text: str, tokenizer: Tokenizer, config: ModelConfig) -
         medium = load_image(ImagePart(file.read_bytes(), max_pixels=MAX_PIXELS))
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+    except MediaError as error:
+        raise ConfigError(f"{file} is no picture for calibration: {error.message}") from error
     ids = [config.ids.bos, config.ids.image_start]
     span = MediaSpan(len(ids), medium.grid)
     ids += [config.ids.image_patch] * medium.grid.num_tokens

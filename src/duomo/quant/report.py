@@ -73,6 +73,7 @@ def write_report(
     pieces: Sequence[Mapping[str, Any]],
     quality: Mapping[str, Mapping[str, float]],
     sensitivities: Mapping[str, float],
+    is_calibrated: bool,
 ) -> dict[str, Any]:
     """Writes report.json, report.md and the plots into `target`; returns what report.json holds."""
     report = {
@@ -82,7 +83,7 @@ def write_report(
         "seconds": round(sum(piece["seconds"] for piece in pieces), 1),
         "parts": size_by_part(config, plan),
         "quality": quality,
-        "calibrated": bool(quality),
+        "calibrated": is_calibrated,
         "sensitivities": dict(sensitivities),
         "outside": pieces[0]["tensors"],
         "layers": list(pieces[1:]),
@@ -113,6 +114,8 @@ def _markdown(report: Mapping[str, Any], plots: Sequence[str]) -> str:
     ]
     if not report["calibrated"]:
         lines += ["No calibration prompts were given: weights were rounded without error feedback.", ""]
+    elif not report["quality"]:
+        lines += ["A single calibration prompt: none was held out, so nothing here was judged.", ""]
     for modality, row in report["quality"].items():
         lines += [
             f"Held-out {modality}, {row['num_tokens']:,} tokens: KL to the source {row['kl_mean']:.4f} "
