@@ -51,6 +51,7 @@ template <class Stored>
 struct Decoder {
     using Bank = decltype(Stored::bank);
     DecoderStack<Bank> stack;
+    Ends ends;  // of a plain one, where it has been told them
     std::vector<nb::object> kept;
 
     const Bank* bank(nb::handle object, int64_t rows, int64_t columns) {
@@ -134,15 +135,21 @@ bool fits(const StepTokens& step, const PagedStore& store, int64_t sequences) {
            are_within(step.vision_rows, step.num_vision, 0, step.tokens);
 }
 
+PagedStore paged_store(nb::tuple store) {
+    const auto address = [&](int item) { return nb::cast<Address>(store[item]); };
+    const auto number = [&](int item) { return nb::cast<int64_t>(store[item]); };
+    return {at<void>(address(0)),  at<void>(address(1)),          at<float>(address(2)),
+            at<float>(address(3)), duomo::Stored(int(number(4))), number(5),
+            number(6)};
+}
+
 // Shapes are checked by duomo.kernels.cpu.decoder. False, and nothing done, where a number lies outside.
 template <class Kind>
 bool run(const Decoder<Kind>& self, Address hidden, Address out, int64_t tokens, nb::tuple angles, nb::tuple store,
          nb::tuple table, nb::tuple rows, Address expert_ids) {
     const auto address = [](nb::handle item) { return nb::cast<Address>(item); };
     const auto number = [](nb::handle item) { return nb::cast<int64_t>(item); };
-    const PagedStore paged = {at<void>(address(store[0])), at<void>(address(store[1])), at<float>(address(store[2])),
-                              at<float>(address(store[3])), duomo::Stored(int(number(store[4]))), number(store[5]),
-                              number(store[6])};
+    const PagedStore paged = paged_store(store);
     const StepTokens step = {tokens,
                              at<float>(address(angles[0])),
                              at<float>(address(angles[1])),
@@ -162,9 +169,42 @@ bool run(const Decoder<Kind>& self, Address hidden, Address out, int64_t tokens,
     return true;
 }
 
+void set_ends(Decoder<Dense>& self, Array<float> embedding, nb::handle head) {
+    const Dense& own = nb::cast<const Dense&>(head);
+    if (own.bank.rows * self.stack.width != int64_t(embedding.size()) || own.bank.columns != self.stack.width)
+        throw nb::value_error("embedding and head are [V, D]");
+    self.kept.push_back(nb::cast(embedding));
+    self.kept.push_back(nb::borrow(head));
+    self.ends = {embedding.data(), &own.bank};
+}
+
+// As `run`. `angles` are cos, sin and how many positions they have; `table` the pages of each sequence and its width.
+bool next(const Decoder<Dense>& self, int64_t sequences, Address ids, Address positions, Address num_keys,
+          nb::tuple angles, nb::tuple store, nb::tuple table, Address logits, Address likeliest) {
+    const PagedStore paged = paged_store(store);
+    const NextTokens tokens = {sequences,
+                               at<int64_t>(ids),
+                               at<int64_t>(positions),
+                               at<int64_t>(num_keys),
+                               at<int64_t>(nb::cast<Address>(table[0])),
+                               nb::cast<int64_t>(table[1]),
+                               at<float>(nb::cast<Address>(angles[0])),
+                               at<float>(nb::cast<Address>(angles[1])),
+                               at<float>(logits),
+                               at<int64_t>(likeliest)};
+    if (!self.ends.head || !are_within(tokens.ids, sequences, 0, self.ends.head->rows) ||
+        !are_within(tokens.positions, sequences, 0, nb::cast<int64_t>(angles[2])) ||
+        !are_within(tokens.num_keys, sequences, 1, tokens.table_width * paged.page_size + 1) ||
+        !are_within(tokens.pages, sequences * tokens.table_width, 0, paged.slots / paged.page_size))
+        return false;
+    nb::gil_scoped_release release;
+    run_next(self.stack, self.ends, paged, tokens);
+    return true;
+}
+
 template <class Stored>
-void bind_one(nb::module_& m, const char* name, const char* text) {
-    nb::class_<Decoder<Stored>>(m, name, text)
+nb::class_<Decoder<Stored>> bind_one(nb::module_& m, const char* name, const char* text) {
+    return nb::class_<Decoder<Stored>>(m, name, text)
         .def("__init__", &make_decoder<Stored>, nb::arg("norm"), nb::arg("width"), nb::arg("num_heads"),
              nb::arg("groups"), nb::arg("head_dim"), nb::arg("chosen"), nb::arg("eps"), nb::arg("norm_min"))
         .def("add_layer", &add_layer<Stored>, nb::arg("norms"), nb::arg("attention"), nb::arg("text").none(),
@@ -179,5 +219,7 @@ void bind_decoder(nb::module_& m) {
         .def("__init__", &make_dense, nb::arg("weight"), nb::arg("bias").none(), nb::arg("form"))
         .def("linear", &dense_linear, nb::arg("x"), nb::arg("tokens"), nb::arg("y"));
     bind_one<Trellis>(m, "Decoder", "All layers of a packed decoder as one call.");
-    bind_one<Dense>(m, "DenseDecoder", "All layers of a plain decoder as one call.");
+    bind_one<Dense>(m, "DenseDecoder", "All layers of a plain decoder as one call.")
+        .def("set_ends", &set_ends, nb::arg("embedding"), nb::arg("head"))
+        .def("next", &next);
 }

@@ -153,6 +153,13 @@ struct Pass {
     }
 };
 
+// First of the largest, in two passes that the compiler turns into vectors.
+int64_t largest(const float* x, int64_t count) {
+    float most = x[0];
+    for (int64_t i = 1; i < count; ++i) most = std::max(most, x[i]);
+    return std::find(x, x + count, most) - x;
+}
+
 }  // namespace
 
 void rotate_heads(float* x, int64_t tokens, int64_t row, int64_t head_dim, const float* cos, const float* sin) {
@@ -172,6 +179,34 @@ void run_decoder(const DecoderStack<Bank>& stack, const PagedStore& store, const
         pass.feed_forward(stack.layers[i], int64_t(i));
     }
     pass.norm(stack.norm, out);
+}
+
+void run_next(const DecoderStack<DenseBank>& stack, const Ends& ends, const PagedStore& store, const NextTokens& next) {
+    static thread_local struct {
+        std::vector<float> hidden, out, cos, sin;
+        std::vector<int64_t> slots, rows, expert_ids;
+    } own;
+    const int64_t count = next.sequences, width = stack.width, pairs = stack.head_dim / 2;
+    float* hidden = grown(own.hidden, count * width);
+    float *cos = grown(own.cos, count * pairs), *sin = grown(own.sin, count * pairs);
+    int64_t *slots = grown(own.slots, count), *rows = grown(own.rows, count);
+    for (int64_t s = 0; s < count; ++s) {
+        const int64_t place = next.num_keys[s] - 1;
+        std::copy_n(ends.embedding + next.ids[s] * width, width, hidden + s * width);
+        std::copy_n(next.cos + next.positions[s] * pairs, pairs, cos + s * pairs);
+        std::copy_n(next.sin + next.positions[s] * pairs, pairs, sin + s * pairs);
+        slots[s] = next.pages[s * next.table_width + place / store.page_size] * store.page_size + place % store.page_size;
+        rows[s] = s;
+    }
+    int64_t* expert_ids = grown(own.expert_ids, int64_t(stack.layers.size()) * count * stack.chosen);
+    const StepTokens step = {count, cos,  sin,     slots, next.pages, next.table_width, rows,
+                             next.num_keys, rows, nullptr, count, 0,          expert_ids};
+    float* out = grown(own.out, count * width);
+    run_decoder(stack, store, step, hidden, out);
+    const int64_t vocabulary = ends.head->rows;
+    const DenseProduct product = product_of(*ends.head, 0, out, nullptr, count, next.logits);
+    multiply_each(&product, 1);
+    for (int64_t s = 0; s < count; ++s) next.likeliest[s] = largest(next.logits + s * vocabulary, vocabulary);
 }
 
 template void run_decoder(const DecoderStack<TrellisBank>&, const PagedStore&, const StepTokens&, float*, float*);

@@ -1,6 +1,7 @@
 // The whole decoder as one call: norms, attention through the pages of the cache, banks and shared experts, layer by
 // layer. It calls what the other headers offer in the order in which `model/decoder.py` does, so its bits are those of
-// the layers called one by one. Nothing is allocated once memory has grown to the largest step. `Bank` is what a matrix
+// the layers called one by one. A step in which every sequence computes one token of text may be a single call with
+// embedding, head and greedy choice (`run_next`). Nothing is allocated once memory has grown to the largest step. `Bank` is what a matrix
 // is stored as: TrellisBank or DenseBank.
 #pragma once
 
@@ -61,6 +62,26 @@ struct StepTokens {
 // hidden[T][D] through all layers, in place, then the last norm into out[T][D].
 template <class Bank>
 void run_decoder(const DecoderStack<Bank>&, const PagedStore&, const StepTokens&, float* hidden, float* out);
+
+// What stands at both ends of a plain stack.
+struct Ends {
+    const float* embedding = nullptr;  // [V][D]
+    const DenseBank* head = nullptr;   // [V][D]
+};
+
+// One text token of each of `sequences`, the last of the `num_keys` that it sees.
+struct NextTokens {
+    int64_t sequences;
+    const int64_t *ids, *positions, *num_keys;  // [S]
+    const int64_t* pages;                       // [S][table_width]
+    int64_t table_width;
+    const float *cos, *sin;                     // [positions][H/2]: of every position there is so far
+    float* logits;                              // [S][V]
+    int64_t* likeliest;                         // [S]: the first of the largest logits
+};
+
+// A whole step of such tokens, from their ids to the likeliest next ones.
+void run_next(const DecoderStack<DenseBank>&, const Ends&, const PagedStore&, const NextTokens&);
 
 // Rotates the queries and keys of T tokens in place: rows of whole heads.
 void rotate_heads(float* x, int64_t tokens, int64_t row, int64_t head_dim, const float* cos, const float* sin);

@@ -205,4 +205,18 @@ class Decoder:
         /,
     ) -> bool: ...
 
-class DenseDecoder(Decoder): ...
+class DenseDecoder(Decoder):
+    def set_ends(self, embedding: npt.NDArray[np.float32], head: Dense) -> None: ...
+    def next(
+        self,
+        sequences: int,
+        ids: int,
+        positions: int,
+        num_keys: int,
+        angles: tuple[int, int, int],
+        store: tuple[int, ...],
+        table: tuple[int, int],
+        logits: int,
+        likeliest: int,
+        /,
+    ) -> bool: ...

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import zlib
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +18,6 @@ from duomo.engine.request import FinishReason, Request, TokenLogprob
 from duomo.engine.sampler import Sampler, token_logprob
 from duomo.engine.stops import StopMatcher
 from duomo.engine.vocabulary import Vocabulary
-
-
-@dataclass(slots=True)
-class Pending:
-    """What has been drawn since the last report."""
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 class Answer:
@@ -47,27 +38,41 @@ class Answer:
         self.num_reasoning = 0
         self.finish_reason: FinishReason | None = None
         self.cause = ""
-        self.pending = Pending()
+        self._is_greedy = self._sampler.is_greedy and self._grammar is None
+        self._ends = frozenset((*vocabulary.eos_ids, *params.stop_token_ids))
+        self._reads_text = self._grammar is not None or bool(params.stop)
+        self._token_ids: list[int] = []  # not yet reported
+        self._logprobs: list[TokenLogprob] = []
 
-    def step(self, logits: npt.NDArray[np.float32]) -> int:
-        """Draws the next token from its row of logits and takes it in."""
-        forced = self._params.forced
-        token = forced[self.num_tokens] if self.num_tokens < len(forced) else self.governor.next_token()
+    def step(self, logits: npt.NDArray[np.float32], likeliest: int | None = None) -> int:
+        """Draws the next token from its logits [V] and takes it in. `likeliest`: their argmax, if known."""
+        forced, governor = self._params.forced, self.governor
+        token = None
+        if self.num_tokens < len(forced):
+            token = forced[self.num_tokens]
+        elif governor.is_thinking:
+            token = governor.next_token()
         if token is None:
-            token = self.governor.replace(self._draw(logits), self._vocabulary.eos_ids)
+            token = governor.replace(self._draw(logits, likeliest), self._vocabulary.eos_ids)
         if self._params.logprobs is not None:
-            self.pending.logprobs.append(token_logprob(logits, token, self._params.logprobs))
+            self._logprobs.append(token_logprob(logits, token, self._params.logprobs))
         self._accept(token)
         return token
 
-    def take_pending(self) -> Pending:
-        taken, self.pending = self.pending, Pending()
+    def take_new(self) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...]]:
+        """Tokens drawn since the last call, with their log-probabilities where asked for."""
+        taken = tuple(self._token_ids), tuple(self._logprobs)
+        self._token_ids.clear()
+        self._logprobs.clear()
         return taken
 
-    def _draw(self, logits: npt.NDArray[np.float32]) -> int:
+    def _draw(self, logits: npt.NDArray[np.float32], likeliest: int | None) -> int:
         params, is_thinking = self._params, self.governor.is_thinking
+        may_not_end = params.ignore_eos or (not is_thinking and self.num_tokens < params.min_tokens)
+        if self._is_greedy and likeliest is not None and not (may_not_end and likeliest in self._ends):
+            return likeliest
         banned: list[int] = []
-        if params.ignore_eos or (not is_thinking and self.num_tokens < params.min_tokens):
+        if may_not_end:
             banned = [*self._vocabulary.eos_ids, *params.stop_token_ids]
         if not is_thinking and self._vocabulary.think_end is not None and self._grammar is not None:
             banned.append(self._vocabulary.think_end)
@@ -80,13 +85,15 @@ class Answer:
 
     def _accept(self, token: int) -> None:
         was_thinking = self.governor.is_thinking
-        self.governor.accept(token)
-        self._sampler.accept(token)
+        if was_thinking:
+            self.governor.accept(token)
+        if not self._is_greedy:
+            self._sampler.accept(token)
         self.num_tokens += 1
-        self.pending.token_ids.append(token)
+        self._token_ids.append(token)
         if was_thinking:
             self.num_reasoning += token != self._vocabulary.think_end
-        else:
+        elif token in self._ends or self._reads_text:
             self._look_for_the_end(token)
         if self.finish_reason is None and self.num_tokens >= self.max_tokens:
             self._finish("length", "length")

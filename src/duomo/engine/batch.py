@@ -29,6 +29,7 @@ class Track:
         self.positions = build_positions(self.num_prompt, spans)
         self.next_position = int(self.positions.max()) + 1
         self.media = request.media
+        self.is_plain = not request.adapter and not request.params.return_experts
         self.features: dict[int, Tensor] = {}  # by index of the medium, while its tokens are computed
 
     def slice(self, start: int, stop: int) -> Ints:

@@ -206,12 +206,16 @@ class Engine:
             return False
         logits = self.runner.execute(step, starts)
         computed = time.perf_counter()
-        for work, first, rows in zip(step.works, starts, logits, strict=True):
+        likeliest: Seq[int | None] = step.likeliest or [None] * len(step.works)
+        for work, first, rows, best in zip(step.works, starts, logits, likeliest, strict=True):
             work.sequence.unfinished = work if rows is None else None
             if rows is None:
                 continue
             try:
-                self._take(work, first, rows, step.traces.get(work.sequence.request.request_id))
+                if best is None:
+                    self._take(work, first, rows, step.traces.get(work.sequence.request.request_id))
+                else:
+                    self._take_next(work, rows[0], best)
             except Exception as error:  # a grammar that breaks half-way, say: its request ends, no other
                 self._fail(work, error)
         self.counters.num_steps += 1
@@ -295,6 +299,16 @@ class Engine:
         sequence.drafts = propose(sequence.ids, self.num_drafts) if self.num_drafts else []
         self._report(entry)
 
+    def _take_next(self, work: Work, row: Floats, likeliest: int) -> None:
+        """`_take` for one token of an answer, which is what most works are."""
+        sequence = work.sequence
+        entry = self._open[sequence.request.request_id]
+        sequence.ids.append(entry.answer.step(row, likeliest))
+        self.scheduler.advance(work, 1)
+        if self.num_drafts:
+            sequence.drafts = propose(sequence.ids, self.num_drafts)
+        self._report(entry)
+
     def _score_prompt(self, entry: _Open, work: Work, rows: Floats) -> None:
         params = entry.sequence.request.params
         if params.prompt_logprobs is None or work.start >= entry.sequence.num_prompt:
@@ -308,25 +322,29 @@ class Engine:
 
     def _report(self, entry: _Open) -> None:
         answer = entry.answer
-        self.counters.generated_tokens += len(answer.pending.token_ids)
         if answer.finish_reason is not None:
             self._close(entry, answer.finish_reason, answer.cause)
         else:
             entry.sink(self._output(entry))
 
     def _output(self, entry: _Open, reason: FinishReason | None = None, cause: str = "") -> Output:
-        pending = entry.answer.take_pending()
-        is_scored = entry.sequence.request.params.prompt_logprobs is not None
-        prompt_logprobs, entry.prompt_logprobs = entry.prompt_logprobs if is_scored else [], []
-        traces, entry.traces = entry.traces, []
+        token_ids, logprobs = entry.answer.take_new()
+        self.counters.generated_tokens += len(token_ids)
+        request = entry.sequence.request
+        prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+        if request.params.prompt_logprobs is not None:
+            prompt_logprobs, entry.prompt_logprobs = tuple(entry.prompt_logprobs), []
+        trace = None
+        if entry.traces:
+            trace, entry.traces = join_traces(entry.traces), []
         return Output(
-            request_id=entry.sequence.request.request_id,
-            token_ids=tuple(pending.token_ids),
-            logprobs=tuple(pending.logprobs),
-            prompt_logprobs=tuple(prompt_logprobs),
+            request_id=request.request_id,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             num_reasoning=entry.answer.num_reasoning,
             num_cached=entry.sequence.num_cached,
-            experts=join_traces(traces),
+            experts=trace,
             finish_reason=reason,
             cause=cause,
         )

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from msgspec import Struct
+
 from duomo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -181,9 +183,11 @@ class Request:
     adapter: str = ""  # which LoRA, "" for none
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What one step added to one request. `cause` says why it finished, beyond OpenAI's word for it."""
+class Output(Struct, frozen=True):
+    """What one step added to one request. `cause` says why it finished, beyond OpenAI's word for it.
+
+    There is one for every token: a Struct is made in a tenth of a frozen dataclass's time.
+    """
 
     request_id: str
     token_ids: tuple[int, ...] = ()

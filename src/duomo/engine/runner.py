@@ -20,6 +20,7 @@ from duomo.engine.adapters import Adapters
 from duomo.engine.batch import Track, build_step_batch, no_choice
 from duomo.engine.features import FeatureCache
 from duomo.engine.kv import PagedCache
+from duomo.engine.next_step import NextStep
 from duomo.engine.patience import PatientForward
 from duomo.engine.request import ExpertTrace, MediaBlob
 from duomo.engine.scheduler import Sequence, Step, Work
@@ -43,8 +44,9 @@ class Runner(Protocol):
         ...
 
     def execute(self, step: Step, logit_starts: Seq[int]) -> Seq[Floats | None]:
-        """Logits [rows, V] of every work, from its `logit_starts` token on. None: the work has to come again,
-        the same object, since weights it needs are still on their way into memory.
+        """Logits [rows, V] of every work, from its `logit_starts` token on, good until the next call. None:
+        the work has to come again, the same object, as weights it needs are on their way into memory.
+        Where the pass found them, `step.likeliest` holds the argmax of each work's one row.
         """
         ...
 
@@ -80,6 +82,7 @@ class ModelRunner:
         self.residency: Residency | None = None  # of packed weights; set by whoever opened them
         self.patient: PatientForward | None = None  # under a cap on them
         self.adapters = Adapters(self.model)
+        self._next = NextStep.of(self.model, self.cache)
         self._tracks: dict[str, Track] = {}
         self._swapped: dict[str, list[torch.Tensor]] = {}
 
@@ -89,8 +92,17 @@ class ModelRunner:
         hot = self.residency.cap(cap_bytes, is_strict)
         self.patient = PatientForward(self.model, self.cache, self.cache.page_size, hot)
 
-    @torch.inference_mode()
     def execute(self, step: Step, logit_starts: Seq[int]) -> Seq[Floats | None]:
+        is_next = bool(step.works) and step.works[0].count == 1 and not (step.swap_out or step.swap_in)
+        if is_next and self._next is not None and self.patient is None:
+            found = self._next.run(step.works, [self._track(work.sequence) for work in step.works])
+            if found is not None:
+                rows, step.likeliest = found
+                return rows
+        return self._execute(step, logit_starts)
+
+    @torch.inference_mode()
+    def _execute(self, step: Step, logit_starts: Seq[int]) -> Seq[Floats | None]:
         for sequence, pages in step.swap_out:
             kept = self.cache.copy_out([page + 1 for page in pages])
             self._swapped[sequence.request.request_id] = kept
@@ -177,9 +189,10 @@ class ModelRunner:
 
     def _track(self, sequence: Sequence) -> Track:
         name = sequence.request.request_id
-        if name not in self._tracks:
-            self._tracks[name] = Track(sequence.request)
-        return self._tracks[name]
+        track = self._tracks.get(name)
+        if track is None:
+            track = self._tracks[name] = Track(sequence.request)
+        return track
 
     def _features(self, medium: MediaBlob, adapter: str) -> torch.Tensor:
         grid = Grid(*medium.grid)

@@ -39,6 +39,7 @@ class Sampler:
         self._is_plain = not (
             self._bad or p.logit_bias or p.presence_penalty or p.frequency_penalty
         ) and p.repetition_penalty == 1.0  # fmt: skip
+        self.is_greedy = self._is_plain and p.temperature == 0  # the likeliest token, unless it is banned
 
     def draw(
         self,
@@ -46,10 +47,13 @@ class Sampler:
         banned: Sequence[int],
         allowed: npt.NDArray[np.bool_] | None,
     ) -> int:
-        if self._is_plain and allowed is None and self.params.temperature == 0:
+        if self.is_greedy and allowed is None:
             best = int(logits.argmax())
-            if best not in banned:  # the usual case, without copying a row of the vocabulary
-                return best
+            if best in banned:
+                kept = logits.copy()
+                kept[list(banned)] = _NEVER
+                best = int(kept.argmax())
+            return best
         scores = self._adjust(logits.astype(np.float64), banned)
         if allowed is not None:
             short = np.zeros(len(scores), dtype=np.bool_)
@@ -61,6 +65,8 @@ class Sampler:
 
     def accept(self, token: int) -> None:
         self._said.append(token)
+        if self._is_plain:
+            return
         self._counts[token] += 1
         if self.params.repetition_penalty != 1.0:
             self._seen.add(token)

@@ -37,10 +37,10 @@ class Sequence:
     unfinished: Work | None = None  # stopped on its way through the layers; comes again as it is
     num_preempted: int = 0
     max_tokens: int = 1
+    order: tuple[int, int] = field(init=False)  # who comes first
 
-    @property
-    def order(self) -> tuple[int, int]:
-        return (self.request.priority, self.arrival)
+    def __post_init__(self) -> None:
+        self.order = (self.request.priority, self.arrival)
 
     @property
     def num_output(self) -> int:
@@ -48,12 +48,19 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        return self.num_computed < len(self.ids) - 1
+        return _is_prefilling(self)
 
 
-@dataclass(frozen=True, slots=True)
+def _is_prefilling(sequence: Sequence) -> bool:
+    return sequence.num_computed < len(sequence.ids) - 1
+
+
+@dataclass(slots=True, eq=False)
 class Work:
-    """Compute ids[start : start + count] of a sequence, drafts included where it is answering."""
+    """Compute ids[start : start + count] of a sequence, drafts included where it is answering.
+
+    Nobody writes into one; it is not frozen because that takes four times as long to make, once a token.
+    """
 
     sequence: Sequence
     start: int
@@ -72,6 +79,7 @@ class Step:
     swap_out: list[tuple[Sequence, list[int]]] = field(default_factory=list)  # before anything is written
     swap_in: list[tuple[Sequence, list[int]]] = field(default_factory=list)
     traces: dict[str, ExpertTrace] = field(default_factory=dict)  # by request; the runner's, where asked for
+    likeliest: list[int] = field(default_factory=list)  # the runner's: each work's next token, if it knows
 
 
 class Scheduler:
@@ -89,7 +97,7 @@ class Scheduler:
         self.max_model_tokens = min(max_model_tokens, pool.num_pages * pool.page_size)
         self.has_prefix_cache = has_prefix_cache
         self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
+        self.running: list[Sequence] = []  # in order
         self.num_preemptions = 0
         self._arrivals = 0
 
@@ -115,8 +123,9 @@ class Scheduler:
     def schedule(self) -> Step:
         step = Step()
         room = self.max_step_tokens
-        for sequence in sorted(self.running, key=lambda s: (s.is_prefilling, s.order)):
-            if sequence not in self.running:
+        before = self.num_preemptions
+        for sequence in sorted(self.running, key=_is_prefilling):
+            if self.num_preemptions != before and sequence not in self.running:
                 continue  # preempted by a more important one in this very step
             room -= self._plan(step, sequence, room)
         while self.waiting and room > 0:
@@ -170,7 +179,7 @@ class Scheduler:
         if needed <= 0:
             return True
         while needed > self.pool.num_available:
-            victim = max(self.running, key=lambda s: s.order)
+            victim = self.running[-1]
             self._preempt(step, victim)
             if victim is sequence:
                 return False
@@ -207,7 +216,7 @@ class Scheduler:
     def _yield_to_important(self, step: Step) -> bool:
         """A waiting request of a higher class takes the place of the least important running one."""
         first = next((s for s in self.waiting if not self._is_twin_of_running(s)), None)
-        last = max(self.running, key=lambda s: s.order, default=None)
+        last = self.running[-1] if self.running else None
         if first is None or last is None or first.request.priority >= last.request.priority:
             return False
         self._preempt(step, last)
@@ -248,7 +257,7 @@ class Scheduler:
 
     def _admit(self, step: Step, sequence: Sequence) -> None:
         self.waiting.remove(sequence)
-        self.running.append(sequence)
+        insort(self.running, sequence, key=lambda s: s.order)
         if sequence.num_swapped:
             sequence.pages = [self.pool.take() for _ in range(sequence.num_swapped)]
             step.swap_in.append((sequence, list(sequence.pages)))

@@ -17,6 +17,7 @@ from duomo.kernels.cpu import (
     DecoderSizes,
     FusedDecoder,
     LayerWeights,
+    NextTokens,
     PackedStep,
 )
 from duomo.kernels.reference import (
@@ -54,6 +55,7 @@ __all__ = [
     "FusedDecoder",
     "Int8Weight",
     "LayerWeights",
+    "NextTokens",
     "Norm",
     "PackedStep",
     "PackedWeight",

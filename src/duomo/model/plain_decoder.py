@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from duomo import kernels
-from duomo.kernels import BankWeights, DenseForm, DenseWeight, FusedDecoder, LayerWeights
+from duomo.kernels import BankWeights, DenseForm, DenseWeight, FusedDecoder, LayerWeights, NextTokens
 from duomo.model.attention import Attention
 from duomo.model.decoder import Decoder, DecoderLayer
 from duomo.model.ernie import Embedding, Ernie
@@ -28,10 +28,12 @@ def fuse(model: Ernie, form: DenseForm = DenseForm.BORROWED) -> None:
     is_wide_enough = model.config.head_dim % kernels.HEAD_MULTIPLE == 0
     if not kernels.is_native or not is_wide_enough or type(model.decoder) is not Decoder:
         return
-    model.decoder = PlainDecoder(model.decoder, form)
+    model.decoder = decoder = PlainDecoder(model.decoder, form)
     head = model.embed if model.head is None else model.head
-    if form is not DenseForm.BORROWED and type(head) is Embedding and _is_plain(head, Embedding):
+    if form is not DenseForm.BORROWED and _is_plain(head, Embedding):
         head.panels = DenseWeight(head.weight, form=form)
+        if _is_plain(model.embed, Embedding):
+            decoder.ends = (model.embed.weight, head.panels)
 
 
 def is_bfloat16(model: Ernie) -> bool:
@@ -48,6 +50,7 @@ class PlainDecoder(OneCallDecoder):
     def __init__(self, decoder: Decoder, form: DenseForm = DenseForm.BORROWED) -> None:
         super().__init__(decoder)
         self.form = form
+        self.ends: tuple[Tensor, DenseWeight] | None = None  # embedding and head, where they are copies, too
         self._forget()
 
     def _forget(self) -> None:
@@ -67,6 +70,13 @@ class PlainDecoder(OneCallDecoder):
         if not is_copy and not self._is_as_seen():
             self._build()
         return self._fused
+
+    def next(self, num_sequences: int, tokens: NextTokens, last_position: int) -> bool:
+        """A step of one token of text a sequence, ids to logits. False where it is not one native call."""
+        if self._fused is None or not self._fused.has_ends:
+            return False
+        self._fused.next(num_sequences, tokens, self._angles.addresses(last_position))
+        return True
 
     def _is_as_seen(self) -> bool:
         return (
@@ -90,7 +100,7 @@ class PlainDecoder(OneCallDecoder):
         layers = [_layer_weights(layer, self.form) for layer in self.layers]
         whole = [layer for layer in layers if layer is not None]
         if len(whole) == len(layers) and _is_plain(self.norm, RMSNorm):
-            self._fused = FusedDecoder(sizes_of(self.config), self.norm.weight, whole)
+            self._fused = FusedDecoder(sizes_of(self.config), self.norm.weight, whole, self.ends)
 
 
 def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:

@@ -45,6 +45,12 @@ class RotationTable:
         self._pair = np.arange(self._num_pairs)
         self._grow(1024)
 
+    def addresses(self, position: int) -> tuple[int, int, int]:
+        """Where cos and sin [P, H/2] lie, and P, more than `position`; they move as it grows."""
+        if position >= self._num_positions:
+            self._grow(2 * position)
+        return self._addresses
+
     def rotation(self, positions_3T: Tensor) -> Rotation:
         positions = positions_3T.numpy()
         most = int(positions.max(initial=0))
@@ -63,6 +69,7 @@ class RotationTable:
         angles = torch.arange(num_positions)[:, None].float() * self._frequency
         self._cos: npt.NDArray[np.float32] = angles.cos().numpy()
         self._sin: npt.NDArray[np.float32] = angles.sin().numpy()
+        self._addresses = (self._cos.ctypes.data, self._sin.ctypes.data, num_positions)
 
 
 def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:

@@ -8,7 +8,14 @@ from __future__ import annotations
 from duomo import env
 from duomo.errors import NoBackend
 from duomo.kernels.cpu import dense
-from duomo.kernels.cpu.decoder import BankWeights, DecoderSizes, FusedDecoder, LayerWeights, PackedStep
+from duomo.kernels.cpu.decoder import (
+    BankWeights,
+    DecoderSizes,
+    FusedDecoder,
+    LayerWeights,
+    NextTokens,
+    PackedStep,
+)
 from duomo.kernels.cpu.packed import (
     packed_experts,
     packed_linear,
@@ -33,6 +40,7 @@ __all__ = [
     "DecoderSizes",
     "FusedDecoder",
     "LayerWeights",
+    "NextTokens",
     "PackedStep",
     "dense",
     "frame_attention",

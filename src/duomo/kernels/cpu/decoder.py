@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,16 +72,50 @@ class PackedStep(NamedTuple):
     vision_rows: Tensor
 
 
-class FusedDecoder:
-    """Built once of a model's weights, which it keeps alive; `run` once a step."""
+class NextTokens:
+    """Room for a step in which each of up to `capacity` sequences computes one token of text.
 
-    def __init__(self, sizes: DecoderSizes, norm: Tensor, layers: Sequence[LayerWeights]) -> None:
+    numbers  int64 [3, S]: the token's id, its position, and how many keys it sees, itself included
+    pages    int64 [S, M]: the pages of each sequence, filled up with 0
+    logits   fp32 [S, V], and `likeliest` int64 [S], the first of the largest of each row: what comes out
+
+    It is made once and for one cache, since finding an array's address takes longer than filling it.
+    """
+
+    def __init__(
+        self, capacity: int, width: int, vocab_size: int, store: Tensor, scale: Tensor | None, page_size: int
+    ) -> None:
+        self.capacity, self.width = capacity, width
+        self.numbers = np.zeros((3, capacity), np.int64)
+        self.pages = np.zeros((capacity, width), np.int64)
+        self.logits = np.zeros((capacity, vocab_size), np.float32)
+        self.likeliest = np.zeros(capacity, np.int64)
+        self.inputs = tuple(row.ctypes.data for row in self.numbers)
+        self.store = _store_of(store, scale, page_size)
+        self.table = (self.pages.ctypes.data, width)
+        self.outputs = (self.logits.ctypes.data, self.likeliest.ctypes.data)
+        self._alive = (store, scale)
+
+
+class FusedDecoder:
+    """Built once of a model's weights, which it keeps alive; `run` or `next` once a step.
+
+    `ends`, the embedding fp32 [V, D] and the head, are for `next` alone, and for plain matrices.
+    """
+
+    def __init__(
+        self,
+        sizes: DecoderSizes,
+        norm: Tensor,
+        layers: Sequence[LayerWeights],
+        ends: tuple[Tensor, DenseWeight] | None = None,
+    ) -> None:
         from duomo import _native
 
         self.sizes, self.num_layers = sizes, len(layers)
         is_plain = isinstance(layers[0].attention[0], DenseWeight)
-        native = _native.DenseDecoder if is_plain else _native.Decoder
-        self._native: Any = native(norm=_array(norm), **sizes._asdict())
+        native: Any = _native.DenseDecoder if is_plain else _native.Decoder
+        self._native = native(norm=_array(norm), **sizes._asdict())
         for layer in layers:
             self._native.add_layer(
                 norms=tuple(_array(x) for x in layer.norms),
@@ -89,6 +124,21 @@ class FusedDecoder:
                 vision=_bank(layer.vision),
                 mlp=None if layer.mlp is None else tuple(weight.native for weight in layer.mlp),
             )
+        self.has_ends = ends is not None
+        if ends is not None:
+            self._native.set_ends(_array(ends[0]), ends[1].native)
+
+    def next(self, num_sequences: int, tokens: NextTokens, angles: tuple[int, int, int]) -> None:
+        """A whole step: embedding, layers, head and the likeliest next tokens, written into `tokens`.
+
+        `angles` are the addresses of cos and sin fp32 [P, H/2] of every position, and P. The logits are those
+        of `run` between embedding and head. KernelError where an id, position, length or page lies outside.
+        """
+        fits = self._native.next(
+            num_sequences, *tokens.inputs, angles, tokens.store, tokens.table, *tokens.outputs
+        )
+        if not fits:
+            raise KernelError("a token's id, position, length or page lies outside the model or its cache")
 
     def run(self, hidden_TD: Tensor, step: PackedStep, expert_ids_LTK: Tensor) -> Tensor:
         """Final hidden states, normed: fp32 [T, D]. Writes keys, values and the experts chosen.
@@ -104,20 +154,12 @@ class FusedDecoder:
         table = [_as(torch.int64, x) for x in step[5:]]
         self._check(tokens, step, expert_ids_LTK)
         slots, pages, sequence, num_keys, text, vision = table
-        scales = (0, 0) if step.scale is None else (step.scale[0].data_ptr(), step.scale[1].data_ptr())
         fits = self._native.run(
             hidden.data_ptr(),
             out.data_ptr(),
             tokens,
             tuple(x.data_ptr() for x in angles),
-            (
-                step.store[0].data_ptr(),
-                step.store[1].data_ptr(),
-                *scales,
-                STORED[step.store.dtype],
-                step.store.shape[2],
-                step.page_size,
-            ),
+            _store_of(step.store, step.scale, step.page_size),
             (
                 slots.data_ptr(),
                 pages.data_ptr(),
@@ -144,6 +186,13 @@ class FusedDecoder:
         assert step.text_rows.numel() + step.vision_rows.numel() == tokens, "every token has one bank"
         are_rows = step.slots_T.numel() == step.sequence_T.numel() == step.num_keys_T.numel() == tokens
         assert are_rows and step.page_table_SM.ndim == 2, "one slot, sequence and length a token"
+
+
+def _store_of(store: Tensor, scale: Tensor | None, page_size: int) -> tuple[int, ...]:
+    """[2, layers, slots, G, H] and the scales of int8 as the native side takes them."""
+    scales = (0, 0) if scale is None else (scale[0].data_ptr(), scale[1].data_ptr())
+    sides = (store[0].data_ptr(), store[1].data_ptr())
+    return (*sides, *scales, STORED[store.dtype], store.shape[2], page_size)
 
 
 def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
