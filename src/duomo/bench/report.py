@@ -103,6 +103,8 @@ def _plot(path: Path, runs: Sequence[tuple[dict[str, Any], Sequence[Row]]]) -> N
     for axis in (left, right):
         for share in (0.5, 0.95, 0.99):
             axis.axhline(share, color="0.85", linewidth=0.8, zorder=0)
+            name = f"p{share * 100:.0f}"
+            axis.text(1.01, share, name, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
     for figures, rows in runs:
         good = [row for row in rows if not row.error and row.token_times_s]
         label = f"{figures.get('label', '')}, {figures['output_tokens_per_s']:.0f} tokens/s".lstrip(", ")
@@ -113,8 +115,8 @@ def _plot(path: Path, runs: Sequence[tuple[dict[str, Any], Sequence[Row]]]) -> N
             ordered = np.sort(np.asarray(values)) * 1e3
             axis.step(ordered, np.arange(1, len(ordered) + 1) / max(1, len(ordered)), label=label)
     left.set(xlabel="time to the first token, ms", ylabel="share of requests")
-    right.set(xlabel="between tokens, ms", ylabel="share of tokens")
-    right.legend(loc="lower right")
+    right.set(xlabel="between tokens, ms", ylabel="share of tokens", xscale="log")  # a few are far longer
+    left.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
