@@ -2,7 +2,7 @@
 
 The embedded model reads questions of the test split with their answers; at every text token the distribution
 of fp32 products is compared with that of bf16 ones (`kernels.DenseForm`), both through the engine's own
-runner. A quality figure: load does not change it.
+runner. Tokens are told apart by whether both forms chose the same experts for them. A quality figure: load does not change it.
 """
 
 from __future__ import annotations
@@ -38,18 +38,23 @@ class Reader:
         self._runner = ModelRunner(model, NUM_PAGES, PAGE_SIZE, form=form)
         self._num_read = 0
 
-    def log_probabilities(self, prompt: Prompt) -> Logs:
-        """[T, V] of a whole prompt."""
+    def read(self, prompt: Prompt) -> tuple[Logs, npt.NDArray[np.uint8]]:
+        """Log-probabilities [T, V] of a whole prompt, and the experts [T, layers, chosen] of its tokens."""
         media = MediaBlob.all_of(prompt)
         self._num_read += 1
         room = NUM_PAGES * PAGE_SIZE
         scheduler = Scheduler(PagePool(NUM_PAGES, PAGE_SIZE), max_step_tokens=room, has_prefix_cache=False)
-        scheduler.add(Request(f"read-{self._num_read}", tuple(prompt.ids), SamplingParams(), media=media))
-        (logits,) = self._runner.execute(scheduler.schedule(), [0])
+        name, params = f"read-{self._num_read}", SamplingParams(return_experts=True)
+        scheduler.add(Request(name, tuple(prompt.ids), params, media=media))
+        step = scheduler.schedule()
+        (logits,) = self._runner.execute(step, [0])
         assert logits is not None, "plain weights are all in memory"
         scores = logits.astype(np.float64)
         scores -= scores.max(-1, keepdims=True)
-        return scores - np.log(np.exp(scores).sum(-1, keepdims=True))  # type: ignore[no-any-return]
+        logs: Logs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+        trace = step.traces[name]
+        shape = (len(logs), trace.num_layers, trace.num_chosen)
+        return logs, np.frombuffer(trace.expert_ids, np.uint8).reshape(shape)
 
 
 def compare(num_prompts: int, cache: Path) -> dict[str, Any]:
@@ -57,12 +62,14 @@ def compare(num_prompts: int, cache: Path) -> dict[str, Any]:
     draws = usual(load_handwriting(cache, "test"), "test")
     prompts = calibration_prompts(draws, tokenizer, num_prompts)
     exact, rounded = Reader(DenseForm.PANELS), Reader(DenseForm.ROUNDED)
-    kl, agrees = [], []
+    kl, agrees, is_same = [], [], []
     for prompt in prompts:
         is_text = np.ones(len(prompt.ids), dtype=np.bool_)
         for medium, span in zip(prompt.media, prompt.spans, strict=True):
             is_text[span.start : span.start + medium.grid.num_tokens] = False
-        p, q = (reader.log_probabilities(prompt)[is_text] for reader in (exact, rounded))
+        (p, chosen), (q, chosen_rounded) = (reader.read(prompt) for reader in (exact, rounded))
+        p, q = p[is_text], q[is_text]
+        is_same += list((np.sort(chosen) == np.sort(chosen_rounded)).all((1, 2))[is_text])
         kl += list((np.exp(p) * (p - q)).sum(-1))
         agrees += list(p.argmax(-1) == q.argmax(-1))
     return {
@@ -72,6 +79,9 @@ def compare(num_prompts: int, cache: Path) -> dict[str, Any]:
         "kl_standard_error": float(np.std(kl) / len(kl) ** 0.5),
         "kl_largest": float(np.max(kl)),
         "top1_agreement": float(np.mean(agrees)),
+        "other_experts": len(kl) - int(np.sum(is_same)),
+        "kl_mean_same_experts": float(np.mean(np.asarray(kl)[is_same])),
+        "kl_largest_same_experts": float(np.max(np.asarray(kl)[is_same])),
     }
 
 
