@@ -2,7 +2,8 @@
 
 The embedded model reads questions of the test split with their answers; at every text token the distribution
 of fp32 products is compared with that of bf16 ones (`kernels.DenseForm`), both through the engine's own
-runner. Tokens are told apart by whether both forms chose the same experts for them. A quality figure: load does not change it.
+runner. Tokens are told apart by whether both forms chose the same experts for them. A quality figure: load
+does not change it.
 """
 
 from __future__ import annotations
