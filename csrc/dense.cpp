@@ -144,7 +144,7 @@ void mixture(const Routed<DenseBank>* banks, int64_t num_banks, const Mlp<DenseB
     multiply_each(products.data(), int64_t(products.size()));
     for (int64_t i = 0; i < num_banks; ++i)
         work[i].pairs.combine(work[i].second.data(), banks[i].weights, banks[i].tokens, banks[i].chosen,
-                              banks[i].down->rows, banks[i].out);
+                              banks[i].down->rows, banks[i].out, banks[i].down->rows);
 }
 
 }  // namespace duomo

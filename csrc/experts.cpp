@@ -105,10 +105,11 @@ void ActivationBuffer::resize(int64_t tokens, int64_t columns, int block) {
     if (sum_.size() < blocks) sum_.resize(blocks);
 }
 
-void ActivationBuffer::set(int64_t row, const float* x, const float* signs, int64_t columns, int block) {
-    const int64_t blocks = columns / block;
-    rotate_kernels().rotate_quantize(x, signs, columns, block, q_.data() + row * columns, scale_.data() + row * blocks,
-                                     sum_.data() + row * blocks);
+void ActivationBuffer::set_part(int64_t row, int64_t first, int64_t count, const float* x, const float* signs,
+                                int64_t columns, int block) {
+    const int64_t start = row * columns + first, block_index = row * (columns / block) + first / block;
+    rotate_kernels().rotate_quantize(x, signs, count, block, q_.data() + start, scale_.data() + block_index,
+                                     sum_.data() + block_index);
 }
 
 Activations ActivationBuffer::fill(const float* x, const float* signs, int64_t tokens, int64_t columns, int block) {
@@ -137,6 +138,9 @@ void mixture(const Routed<TrellisBank>* banks, int64_t num_banks, const Mlp<Trel
              int64_t tokens, float* mlp_out) {
     static thread_local std::vector<Workspace> memory;
     static thread_local Products products_memory;
+    int64_t most = own ? tokens : 0;
+    for (int64_t i = 0; i < num_banks; ++i) most = std::max(most, banks[i].tokens);
+    if (most >= kManyTokens) return mixture_of_many(banks, num_banks, own, x, tokens, mlp_out);
     if (int64_t(memory.size()) < num_banks + 1) memory.resize(size_t(num_banks + 1));
     Workspace* work = memory.data();
     Products& products = products_memory;
@@ -161,7 +165,7 @@ void mixture(const Routed<TrellisBank>* banks, int64_t num_banks, const Mlp<Trel
     products.run();
     for (int64_t i = 0; i < num_banks; ++i)
         work[i].pairs.combine(work[i].second.data(), banks[i].weights, banks[i].tokens, banks[i].chosen,
-                              banks[i].down->rows, banks[i].out);
+                              banks[i].down->rows, banks[i].out, banks[i].down->rows);
 }
 
 void experts(const TrellisBank& gate_up, const TrellisBank& down, const float* hidden, const int64_t* expert_ids,

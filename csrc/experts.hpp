@@ -42,8 +42,18 @@ public:
     Activations fill(const float* x, const float* signs, int64_t tokens, int64_t columns, int block);
     // The same a row at a time, by whichever thread has it: `reserve`, then `set` every row, then `view`.
     void reserve(int64_t tokens, int64_t columns, int block) { resize(tokens, columns, block); }
-    void set(int64_t row, const float* x, const float* signs, int64_t columns, int block);
+    void set(int64_t row, const float* x, const float* signs, int64_t columns, int block) {
+        set_part(row, 0, columns, x, signs, columns, block);
+    }
+    // Of a row only the columns [first, first + count), whole blocks; x begins at the first of them.
+    void set_part(int64_t row, int64_t first, int64_t count, const float* x, const float* signs, int64_t columns,
+                  int block);
     Activations view(int64_t tokens) const { return {q_.data(), scale_.data(), sum_.data(), tokens}; }
+    // The rows [first, first + count) alone.
+    Activations view(int64_t first, int64_t count, int64_t columns, int block) const {
+        const int64_t blocks = columns / block;
+        return {q_.data() + first * columns, scale_.data() + first * blocks, sum_.data() + first * blocks, count};
+    }
     // Rows `rows[i]` of another buffer's activations, in that order.
     Activations gather(const Activations& from, int64_t columns, int block, const int64_t* rows, int64_t count);
 
@@ -74,6 +84,12 @@ struct Routed {
 // Banks and an MLP at once: all first products side by side on the pool, then all second ones. `mlp` may be null.
 void mixture(const Routed<TrellisBank>* banks, int64_t num_banks, const Mlp<TrellisBank>* mlp, const float* x,
              int64_t tokens, float* mlp_out);
+
+constexpr int64_t kManyTokens = 32;  // from which `mixture` goes this way: products take memory by the token
+
+// The same without ever holding a product whole (many_tokens.cpp).
+void mixture_of_many(const Routed<TrellisBank>* banks, int64_t num_banks, const Mlp<TrellisBank>* mlp, const float* x,
+                     int64_t tokens, float* mlp_out);
 
 // out[T][D] = one MLP.
 void mlp(const Mlp<TrellisBank>& own, const float* x, int64_t tokens, float* out);

@@ -16,8 +16,9 @@ struct Pairs {
     void sort(const int64_t* expert_ids, int64_t tokens, int64_t chosen, int64_t num_experts);
 
     // out[t] = sum over k of weights[t][k] * the pair's row of terms[pairs][width], in the order of its choice.
-    void combine(const float* terms, const float* weights, int64_t tokens, int64_t chosen, int64_t width,
-                 float* out) const;
+    // Rows of out are `stride` apart.
+    void combine(const float* terms, const float* weights, int64_t tokens, int64_t chosen, int64_t width, float* out,
+                 int64_t stride) const;
 
 private:
     std::vector<int64_t> next_;

@@ -172,6 +172,37 @@ def test_a_token_does_not_depend_on_its_neighbours(isa):
     assert torch.equal(together, torch.cat(alone))
 
 
+def experts_at_once_and_eight_by_eight(tokens, experts, middle, width):
+    gate_up = random_bank("lcc2-12", experts, 2 * middle, width)
+    down = random_bank("lcc2-12", experts, width, middle)
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.rand(tokens, experts, generator=generator).argsort(-1)[:, :2]
+    weights, hidden = torch.rand(tokens, 2, generator=generator), inputs(tokens, width)
+    few = [
+        cpu.packed_experts(hidden[t : t + 8], ids[t : t + 8], weights[t : t + 8], gate_up, down)
+        for t in range(0, tokens, 8)
+    ]
+    return cpu.packed_experts(hidden, ids, weights, gate_up, down), torch.cat(few)
+
+
+@pytest.mark.parametrize("experts, middle", [(5, 256), (3, 96)])  # cut into pieces; one that cannot be
+def test_many_tokens_go_another_way_to_the_same_bits(isa, experts, middle):
+    assert torch.equal(*experts_at_once_and_eight_by_eight(40, experts, middle, 128))
+
+
+def test_terms_of_very_many_tokens_come_in_slices():
+    assert torch.equal(*experts_at_once_and_eight_by_eight(1100, 4, 64, 1088))
+
+
+@pytest.mark.parametrize("middle", [192, 256])
+def test_an_mlp_of_many_tokens_has_the_bits_of_few(isa, middle):
+    shapes = (middle, 128), (middle, 128), (64, middle)
+    weights = [TrellisWeight(random_matrix("lcc4-12", *shape)) for shape in shapes]
+    x = inputs(70, 128)
+    few = [cpu.packed_mlp(x[t : t + 10], *weights) for t in range(0, 70, 10)]
+    assert torch.equal(cpu.packed_mlp(x, *weights), torch.cat(few))
+
+
 def test_threads_do_not_change_a_bit():
     weight, x = TrellisWeight(random_matrix("lcc2-12", 640, 128)), inputs(7, 128)
     results = []
