@@ -12,13 +12,16 @@ namespace duomo {
 namespace {
 
 struct Workspace {
-    std::vector<float> normed, query, key, value, attended, delta, shared;
+    std::vector<float> key, value, delta;
+    std::vector<float> first, second;  // normed, then attended; query, then what the shared experts say
     // of one bank: its tokens, where not all of them, and their routing
     struct Routing {
         std::vector<float> hidden, weights, out;
         std::vector<int64_t> expert_ids;
     } banks[2];
 };
+
+constexpr int64_t kLargeStep = 1 << 18;  // floats of a step's hidden states from which memory is given back after it
 
 template <class T>
 T* grown(std::vector<T>& memory, int64_t count) {
@@ -81,10 +84,10 @@ struct Pass {
     void attention(const DecoderLayer<Bank>& layer, int64_t index) const {
         const int64_t tokens = step.tokens, wide = stack.num_heads * stack.head_dim;
         const int64_t narrow = stack.groups * stack.head_dim;
-        float* normed = grown(work.normed, tokens * stack.width);
+        float* normed = grown(work.first, tokens * std::max(stack.width, wide));
         norm(layer.input_norm, normed);
         const Bank* const banks[3] = {layer.q, layer.k, layer.v};
-        float* const y[3] = {grown(work.query, tokens * wide), grown(work.key, tokens * narrow),
+        float* const y[3] = {grown(work.second, tokens * std::max(stack.width, wide)), grown(work.key, tokens * narrow),
                              grown(work.value, tokens * narrow)};
         linear_shared(banks, 3, normed, tokens, y);
         rotate_heads(y[0], tokens, wide, stack.head_dim, step.cos, step.sin);
@@ -92,7 +95,7 @@ struct Pass {
         const CacheSide key = side(store.key, store.key_scale, index), value = side(store.value, store.value_scale, index);
         append(key, y[1]);
         append(value, y[2]);
-        float* attended = grown(work.attended, tokens * wide);
+        float* attended = work.first.data();  // normed has been multiplied
         paged_attention(y[0], key, value, step.pages, step.table_width, store.page_size, step.sequence, step.num_keys,
                         tokens, stack.num_heads, attended);
         float* delta = grown(work.delta, tokens * stack.width);
@@ -121,10 +124,10 @@ struct Pass {
 
     void feed_forward(const DecoderLayer<Bank>& layer, int64_t index) const {
         const int64_t tokens = step.tokens, width = stack.width;
-        float* normed = grown(work.normed, tokens * width);
+        float* normed = grown(work.first, tokens * width);
         norm(layer.post_norm, normed);
         float* delta = grown(work.delta, tokens * width);
-        float* shared = grown(work.shared, tokens * width);
+        float* shared = grown(work.second, tokens * width);
         const Mlp<Bank>* mlp = layer.mlp.gate ? &layer.mlp : nullptr;
         if (!layer.text.router) {
             mixture(static_cast<const Routed<Bank>*>(nullptr), 0, mlp, normed, tokens, delta);
@@ -179,6 +182,9 @@ void run_decoder(const DecoderStack<Bank>& stack, const PagedStore& store, const
         pass.feed_forward(stack.layers[i], int64_t(i));
     }
     pass.norm(stack.norm, out);
+    if (step.tokens * stack.width < kLargeStep) return;
+    work = {};  // a prompt's 40 MB are not for the tokens that come one by one after it
+    give_back_many();
 }
 
 void run_next(const DecoderStack<DenseBank>& stack, const Ends& ends, const PagedStore& store, const NextTokens& next) {

@@ -1,8 +1,9 @@
 // The whole decoder as one call: norms, attention through the pages of the cache, banks and shared experts, layer by
 // layer. It calls what the other headers offer in the order in which `model/decoder.py` does, so its bits are those of
 // the layers called one by one. A step in which every sequence computes one token of text may be a single call with
-// embedding, head and greedy choice (`run_next`). Nothing is allocated once memory has grown to the largest step. `Bank` is what a matrix
-// is stored as: TrellisBank or DenseBank.
+// embedding, head and greedy choice (`run_next`). Nothing is allocated once memory has grown to the largest step; only a
+// large step, a prompt's, gives its memory back at its end. `Bank` is what a matrix is stored as: TrellisBank or
+// DenseBank.
 #pragma once
 
 #include <cstdint>

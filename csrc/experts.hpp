@@ -90,6 +90,7 @@ constexpr int64_t kManyTokens = 32;  // from which `mixture` goes this way: prod
 // The same without ever holding a product whole (many_tokens.cpp).
 void mixture_of_many(const Routed<TrellisBank>* banks, int64_t num_banks, const Mlp<TrellisBank>* mlp, const float* x,
                      int64_t tokens, float* mlp_out);
+void give_back_many();  // what this thread holds for it from one layer to the next
 
 // out[T][D] = one MLP.
 void mlp(const Mlp<TrellisBank>& own, const float* x, int64_t tokens, float* out);

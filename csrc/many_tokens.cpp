@@ -15,8 +15,8 @@
 namespace duomo {
 namespace {
 
-constexpr int64_t kScratchFloats = 1 << 20;  // of gate and up together that a thread holds: 4 MB
-constexpr int64_t kTermFloats = 2 << 20;     // of down's products over all pairs: 8 MB
+constexpr int64_t kScratchFloats = 1 << 19;  // of gate and up together that a thread holds: 2 MB
+constexpr int64_t kTermFloats = 1 << 20;     // of down's products over all pairs: 4 MB
 constexpr int64_t kStep = 128;               // columns of the middle: whole panels, and whole blocks of any rotation
 constexpr int64_t kItemsPerThread = 4;       // at least, so that threads end together
 
@@ -128,13 +128,21 @@ void multiply_middle(const Item& item) {
                 part.out + begin * part.stride + item.first - part.out_row, part.stride);
 }
 
+struct Kept {
+    Part parts[3];  // two banks and the MLP
+    std::vector<Item> items;
+    std::vector<float> terms;
+};
+thread_local Kept kept;
+
 }  // namespace
+
+void give_back_many() { kept = {}; }
 
 void mixture_of_many(const Routed<TrellisBank>* banks, int64_t num_banks, const Mlp<TrellisBank>* own, const float* x,
                      int64_t tokens, float* mlp_out) {
-    static thread_local Part parts[3];
-    static thread_local std::vector<Item> items;
-    static thread_local std::vector<float> memory;
+    Part* const parts = kept.parts;
+    std::vector<Item>& items = kept.items;
     Part& mlp = parts[2];
     Part* const used[3] = {own ? &mlp : nullptr, num_banks > 0 ? &parts[0] : nullptr, num_banks > 1 ? &parts[1] : nullptr};
     int64_t experts = 0, pairs = 0;
@@ -166,7 +174,7 @@ void mixture_of_many(const Routed<TrellisBank>* banks, int64_t num_banks, const 
     }
     const int64_t width = num_banks ? banks[0].down->rows : 0;
     const int64_t most = pairs ? std::max(kTermFloats / pairs / kPanelRows, int64_t(1)) * kPanelRows : 0;
-    float* terms = grown(memory, pairs * std::min(most, width));
+    float* terms = grown(kept.terms, pairs * std::min(most, width));
     int64_t row = 0;
     do {
         const int64_t rows = std::min(most, width - row);

@@ -75,6 +75,21 @@ def test_text_never_touches_vision(model: Ernie) -> None:
         assert resident(residency, part) > 0.4 * residency.pools[part].num_bytes, part
 
 
+def test_plain_tensors_lie_in_the_file_for_who_only_reads(tmp_path: Path) -> None:
+    synthesize(CONFIG, tmp_path)
+
+    def lies_in_a_file(tensor: torch.Tensor) -> bool:
+        return any(each.start <= tensor.data_ptr() < each.stop for each in file_mappings())
+
+    lent, own = load_model(tmp_path, is_read_only=True), load_model(tmp_path)
+    for (name, theirs), ours in zip(lent.named_parameters(), own.parameters(), strict=True):
+        assert torch.equal(theirs, ours), name
+        assert not lies_in_a_file(ours), name
+        assert lies_in_a_file(theirs) or theirs.dim() == 2 and ".router." not in name, name  # unpacked ones
+    with torch.no_grad():
+        own.decoder.layers[1].mlp.text.router.bias.add_(1.0)  # training may
+
+
 def test_a_picture_brings_them_in_and_idleness_lets_them_go(model: Ernie) -> None:
     now = [0.0]
     residency = Residency(model, clock=lambda: now[0])

@@ -61,3 +61,34 @@ def test_threads_leave_little_behind():
         return int(done.stdout)
 
     assert grown_kib("ours") < 0.5 * grown_kib("plain")
+
+
+_LOADED = """
+import re, torch
+from duomo.checkpoints.pages import library_code
+from duomo.engine.heap import return_large_pieces, settle_after_loading
+
+def kib(name):
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+before, x = kib("RssFile"), torch.arange(6.0)
+assert sum(item.num_bytes for item in library_code()) > 1 << 20
+settle_after_loading()
+after = kib("RssFile")
+assert torch.equal(x.sort(descending=True).values, x.flip(0))  # code comes back
+return_large_pieces()
+held, large = kib("RssAnon"), [torch.ones(3 << 20) for _ in range(4)]
+assert kib("RssAnon") > held + 40_000
+large.clear()
+print(after / before, kib("RssAnon") - held)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+def test_what_loading_needed_goes_back_and_large_pieces_at_once():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", _LOADED]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    share, kept_kib = done.stdout.split()
+    assert float(share) < 0.7 and float(kept_kib) < 8_000

@@ -46,18 +46,22 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return fields
 
 
-def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Ernie:
+def load_model(
+    folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", is_read_only: bool = False
+) -> Ernie:
     """The model of a folder, ready to run. `dtype` None keeps the dtype of the file's embeddings.
 
     A quantized folder stays packed and memory-mapped; `dtype` is then of activations (None: float32). Its
     checksums are compared if it is small; for a large one `duomo inspect --verify` reads every byte.
+    `is_read_only`: nobody will write to a parameter, so plain tensors of a quantized folder lie in the file
+    too, and a router for pictures is no more in memory than its experts; writing to one ends the process.
     """
     folder = Path(folder)
     config = replace(load_config(folder), name=folder.resolve().name)
     if "quantization" in read_config(folder):
         if device != "cpu":
             return load_quantized(folder, config, dtype or torch.float32, device)
-        return load_packed(folder, config, dtype or torch.float32)
+        return load_packed(folder, config, dtype or torch.float32, is_read_only)
     store = TensorStore(folder)
     config, _, places = place_entries(config, store)
     check_names(store, places)
@@ -94,7 +98,7 @@ def _place(dialect: Dialect, entry: Entry) -> Place:
     return Place(name, lambda tensor: tensor.reshape(-1, tensor.shape[-1])[row])
 
 
-def load_packed(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Ernie:
+def load_packed(folder: Path, config: ModelConfig, dtype: torch.dtype, is_read_only: bool = False) -> Ernie:
     """A quantized folder as it is: kernels read the file's own pages, and only those they need."""
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     files = open_quantized(folder, verify=size <= VERIFY_BYTES)
@@ -102,7 +106,8 @@ def load_packed(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Ernie:
     with warnings.catch_warnings():
         # The mapping is read-only and so are the kernels; torch warns of any array that is.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return build_packed(config, ((name, file.read(name)) for name, file in files.items()), dtype)
+        stored = ((name, file.read(name, borrows=is_read_only)) for name, file in files.items())
+        return build_packed(config, stored, dtype)
 
 
 def check_quantized(config: ModelConfig, files: Mapping[str, QuantizedFile]) -> None:

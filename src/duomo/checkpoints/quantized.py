@@ -89,11 +89,14 @@ class QuantizedFile:
         """Bytes on disk, scales included."""
         return sum(self._slices[key].end - self._slices[key].begin for key in _keys(name, self._entry(name)))
 
-    def read(self, name: str) -> Stored:
-        """The tensor as it is stored, in the file's own memory (read-only). CorruptFile, MissingTensor."""
+    def read(self, name: str, borrows: bool = False) -> Stored:
+        """The tensor as it is stored, in the file's own memory (read-only). CorruptFile, MissingTensor.
+
+        A plain one is a copy that may be written to, unless `borrows`.
+        """
         entry = self._entry(name)
         try:
-            return self._build(name, entry)
+            return self._build(name, entry, borrows)
         except CorruptFile:
             raise
         except (Error, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -104,14 +107,14 @@ class QuantizedFile:
             raise MissingTensor(f"{self.path}: no tensor {name!r}", tensor=name)
         return self._entries[name]
 
-    def _build(self, name: str, entry: dict[str, Any]) -> Stored:
+    def _build(self, name: str, entry: dict[str, Any], borrows: bool) -> Stored:
         kind, shape = entry["kind"], tuple(int(n) for n in entry["shape"])
         if kind == "plain":
             part = self._slices[name]
             if part.shape != shape:
                 raise ValueError(f"stored as {part.shape}, listed as {shape}")
-            data = torch.frombuffer(bytearray(self._checked(name, name, entry)), dtype=_DTYPES[part.dtype])
-            return data.reshape(shape)
+            data = np.frombuffer(self._checked(name, name, entry), np.uint8)
+            return torch.from_numpy(data if borrows else data.copy()).view(_DTYPES[part.dtype]).reshape(shape)
         scale = self._array(name, "row_scale", entry, np.float16).reshape(shape[:-1])
         if kind == "int":
             return self._integers(name, entry, shape, scale)

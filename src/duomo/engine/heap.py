@@ -13,8 +13,11 @@ import gc
 import time
 from collections.abc import Callable
 
+from duomo.checkpoints.pages import let_go, library_code
+
 QUIET_S = 2.0
 _M_ARENA_MAX, _NUM_ARENAS = -8, 2
+_M_MMAP_THRESHOLD, LARGE_BYTES = -3, 2 << 20
 
 
 class Heap:
@@ -50,6 +53,25 @@ def few_arenas() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):  # glibc alone has both
         libc.mallopt(_M_ARENA_MAX, _NUM_ARENAS)
+
+
+def return_large_pieces() -> None:
+    """From now on what is large goes back to the system the moment it is freed.
+
+    glibc does so of itself only until the first large piece is freed: then it keeps pieces of that size.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+        libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
+
+
+def settle_after_loading() -> None:
+    """What loading needed goes back: free pages, and code of libraries, which is read again where it is run.
+
+    Half of what torch's libraries hold after loading is never run again.
+    """
+    give_back_free_pages()
+    let_go(library_code())
 
 
 def give_back_free_pages() -> None:

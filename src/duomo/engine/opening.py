@@ -12,6 +12,7 @@ from duomo.checkpoints.inventory import take_inventory
 from duomo.checkpoints.residency import residency_of
 from duomo.checkpoints.settings import settle
 from duomo.engine.engine import Engine, build_engine
+from duomo.engine.heap import return_large_pieces, settle_after_loading
 from duomo.engine.runner import ModelRunner
 from duomo.engine.vocabulary import Vocabulary
 from duomo.errors import ConfigError
@@ -55,13 +56,14 @@ def open_engine(
         raise ConfigError(f"kv_dtype is {kv_dtype}; it must be auto, float32, bfloat16 or int8")
     if page_size not in (8, 16, 32, 64, 128, 256):
         raise ConfigError(f"page_size is {page_size}; it must be 8, 16, 32, 64, 128 or 256")
+    return_large_pieces()
     config = load_config(folder)
     inventory = take_inventory(folder)
     settings = settle(inventory, ram_bytes, kv_bytes, max_sequences)
     kv_bytes, max_sequences = settings.kv_bytes, settings.max_sequences
     if weights_cap_bytes is None:
         weights_cap_bytes = settings.weights_cap_bytes
-    model = load_model(folder, _DTYPES.get(dtype))
+    model = load_model(folder, _DTYPES.get(dtype), is_read_only=True)
     if dtype == "auto" and sum(parameter.numel() for parameter in model.parameters()) < _SMALL:
         model = model.float()
     if kv_dtype == "auto":
@@ -97,6 +99,7 @@ def open_engine(
         has_prefix_cache=has_prefix_cache,
         num_drafts=num_drafts,
     )
+    settle_after_loading()
     return engine, config
 
 
