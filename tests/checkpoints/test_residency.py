@@ -85,7 +85,7 @@ def test_plain_tensors_lie_in_the_file_for_who_only_reads(tmp_path: Path) -> Non
     for (name, theirs), ours in zip(lent.named_parameters(), own.parameters(), strict=True):
         assert torch.equal(theirs, ours), name
         assert not lies_in_a_file(ours), name
-        assert lies_in_a_file(theirs) or theirs.dim() == 2 and ".router." not in name, name  # unpacked ones
+        assert lies_in_a_file(theirs) or (theirs.dim() == 2 and ".router." not in name), name  # unpacked ones
     with torch.no_grad():
         own.decoder.layers[1].mlp.text.router.bias.add_(1.0)  # training may
 

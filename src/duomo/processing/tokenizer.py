@@ -149,7 +149,8 @@ class _JsonVocabulary:
         """Asked of the backend each time: 103,424 pieces once more would be 17 MB."""
         if token_id in self._added:
             return self._added[token_id]
-        return self._backend.id_to_token(token_id) or "" if 0 <= token_id < self.size else ""
+        piece: str | None = self._backend.id_to_token(token_id) if 0 <= token_id < self.size else None
+        return piece or ""
 
     def find(self, piece: str) -> int | None:
         found = self._backend.token_to_id(piece)
