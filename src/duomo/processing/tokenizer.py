@@ -139,7 +139,7 @@ class _JsonVocabulary:
         fields["added_tokens"] = [token for token in added if token not in control]
         fields["post_processor"] = None
         self._backend = Backend.from_str(json.dumps(fields))
-        self._added = {token_id: piece for piece, token_id in plain.items()}
+        self._added: dict[int, str] = {token_id: piece for piece, token_id in plain.items()}
         self.size = max([*self._backend.get_vocab().values(), *self._added]) + 1
 
     def encode(self, text: str) -> list[int]:
