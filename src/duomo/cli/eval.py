@@ -47,6 +47,8 @@ def _own_rows(
         f"perplexity {found.perplexity:.3f}, tokens right {100 * found.tokens_right:.1f} %, "
         f"whole answers {100 * found.answers_right:.1f} %"
     )
+    for kind, (num_rows, share) in found.by_kind.items():
+        print(f"  {kind}: {100 * share:.1f} % of {num_rows}")
     if json:
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(json_module.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,7 @@
-"""All families by name: what the recipe's shares and the evaluation's kinds refer to."""
+"""All families by name: what the recipe's shares and the evaluation's kinds refer to; and the trades.
+
+The base never learns a trade: an adapter does (examples/).
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from duomo.tasks import (
 )
 from duomo.tasks.pools import Pools
 from duomo.tasks.scene import Example
+from duomo.tasks.trades import fluorescence, radiographs, tables
 
 Generate = Callable[[np.random.Generator, Pools], Example]
 
@@ -38,6 +42,14 @@ FAMILIES: Mapping[str, Generate] = MappingProxyType(
         "circuits": circuits.generate,
         "clips": clips.generate,
         "instructions": lambda rng, pools: instructions.generate(rng, pools.split),
+    }
+)
+
+TRADES: Mapping[str, Generate] = MappingProxyType(
+    {
+        "radiographs": radiographs.generate,
+        "fluorescence": fluorescence.generate,
+        "tables": tables.generate,
     }
 )
 

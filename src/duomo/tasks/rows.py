@@ -1,8 +1,8 @@
-"""`python -m duomo.tasks.rows FAMILY OUT`: a family as training rows, OpenAI messages beside PNG files.
+"""`python -m duomo.tasks.rows NAME OUT`: a family or trade as training rows, OpenAI messages beside PNGs.
 
 For people who train an adapter with the general kit: `train.jsonl` and `unseen.jsonl` come from the training
 and the test split, one question a row, so an adapter is judged on scenes, textures, slides and fonts it never
-saw.
+saw. A row's `kind` is what `duomo eval --data` counts it under.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from duomo.tasks.families import FAMILIES
+from duomo.tasks.families import FAMILIES, TRADES
 from duomo.tasks.pools import Pools, load_pools
 from duomo.tasks.scene import Turn
 
 
-def write_rows(family: str, pools: Pools, folder: Path, name: str, num: int, seed: int = 0) -> Path:
+def write_rows(source: str, pools: Pools, folder: Path, name: str, num: int, seed: int = 0) -> Path:
     """`num` rows in `folder/name.jsonl`, their pictures in `folder/name/`. Not for videos or tool calls."""
+    generate = {**FAMILIES, **TRADES}[source]
     rng = np.random.default_rng([seed, num])
     pictures = folder / name
     pictures.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     while len(lines) < num:
-        example = FAMILIES[family](rng, pools)
+        example = generate(rng, pools)
         place = None
         if example.picture is not None:
             place = f"{name}/{len(lines)}.png"
@@ -46,21 +47,20 @@ def row_of(turn: Turn, place: str | None) -> dict[str, Any]:
     answer = {"role": "assistant", "content": turn.answer}
     if turn.reasoning is not None:
         answer["reasoning_content"] = turn.reasoning
-    return {"messages": [{"role": "user", "content": content}, answer]}
+    return {"kind": turn.kind, "messages": [{"role": "user", "content": content}, answer]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "family", choices=[name for name in FAMILIES if name not in ("clips", "instructions")]
-    )
+    names = [name for name in (*FAMILIES, *TRADES) if name not in ("clips", "instructions")]
+    parser.add_argument("name", choices=names)
     parser.add_argument("out", type=Path, help="folder for train.jsonl, unseen.jsonl and their pictures")
     parser.add_argument("--num", type=int, default=6000, help="rows to train on")
     parser.add_argument("--unseen", type=int, default=400, help="rows to judge by")
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="where fetched packages lie")
     given = parser.parse_args()
-    for split, name, num in (("train", "train", given.num), ("test", "unseen", given.unseen)):
-        path = write_rows(given.family, load_pools(given.cache, split), given.out, name, num)
+    for split, part, num in (("train", "train", given.num), ("test", "unseen", given.unseen)):
+        path = write_rows(given.name, load_pools(given.cache, split), given.out, part, num)
         print(path)
 
 

@@ -7,8 +7,9 @@ greedy decoding would have answered. `duomo eval MODEL --data` uses the same.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,13 +28,17 @@ from duomo.train.stages import EMBEDDED
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Over `num_samples` rows: mean loss a token, share of tokens and of whole answers that are right."""
+    """Over `num_samples` rows: mean loss a token, share of tokens and of whole answers that are right.
+
+    `by_kind`: how many rows of each `kind`, and the share whose whole answer, thought and all, is right.
+    """
 
     num_samples: int
     num_tokens: int
     loss: float
     tokens_right: float
     answers_right: float
+    by_kind: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -57,7 +62,8 @@ def evaluate_folder(
 @torch.no_grad()
 def evaluate(model: Ernie, samples: Samples, settings: Settings) -> Evaluation:
     budget = Budget(settings.max_tokens, settings.max_patches)
-    total, tokens, right, whole = 0.0, 0, 0, 0
+    total, tokens, right = 0.0, 0, 0
+    whole: dict[str, list[bool]] = defaultdict(list)
     for one in pack(samples.tokens, samples.patches, budget):
         chosen = [samples[index] for index in one]
         output = run_pack(model, [s.prompt for s in chosen], [s.labels for s in chosen])
@@ -66,5 +72,8 @@ def evaluate(model: Ernie, samples: Samples, settings: Settings) -> Evaluation:
         total -= float(output.log_probs().sum())
         tokens += output.labels_L.numel()
         right += int(is_right.sum())
-        whole += int((wrong_S == 0).sum())
-    return Evaluation(len(samples), tokens, total / tokens, right / tokens, whole / len(samples))
+        for index, wrong in zip(one, wrong_S.tolist(), strict=True):
+            whole[samples.row(index).kind].append(wrong == 0)
+    by_kind = {kind: (len(found), sum(found) / len(found)) for kind, found in sorted(whole.items()) if kind}
+    answers_right = sum(map(sum, whole.values())) / len(samples)
+    return Evaluation(len(samples), tokens, total / tokens, right / tokens, answers_right, by_kind)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -42,12 +42,16 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One conversation. `rejected` is the answer not preferred, in a preference row."""
+    """One conversation. `rejected` is the answer not preferred, in a preference row.
+
+    `kind` is what an evaluation counts the row under: a key that any format may have beside its own.
+    """
 
     turns: tuple[Turn, ...]
     source: str
     rejected: str | None = None
     tools: tuple[Tool, ...] = ()
+    kind: str = ""
 
     @property
     def media(self) -> list[str]:
@@ -91,7 +95,7 @@ def parse_row(line: str, source: str) -> Row:
     for keys, parse in _FORMATS:
         if all(key in fields for key in keys):
             try:
-                row = parse(fields, source)
+                row = replace(parse(fields, source), kind=_text(fields.get("kind", ""), "kind"))
             except (TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
                 reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
                 raise TrainingError(f"{source}: a row with {'/'.join(keys)}: {reason}") from error
