@@ -158,7 +158,9 @@ class Progress:
             return
         scalars = {"loss": row["loss"], "rate": row["rate"], "tokens_per_s": row["tokens_per_s"]}
         scalars |= {} if row["accuracy"] is None else {"accuracy": row["accuracy"]}
-        scalars |= {f"evaluation/{k}": v for k, v in row.get("evaluation", {}).items()} | row["values"]
+        judged = dict(row.get("evaluation", {}))
+        kinds = {kind: share for kind, (_, share) in judged.pop("by_kind", {}).items()}
+        scalars |= {f"evaluation/{name}": value for name, value in (judged | kinds).items()} | row["values"]
         for name, value in scalars.items():
             self._board.add_scalar(name, value, row["step"])
         self._board.flush()
