@@ -72,7 +72,7 @@ def generate(rng: np.random.Generator, pools: Pools) -> Example:
 
 
 def _table(rng: np.random.Generator) -> Table:
-    num_rows, num_columns = int(rng.integers(2, 5)), int(rng.integers(2, 4))
+    num_rows, num_columns = int(rng.integers(2, 4)), int(rng.integers(2, 4))
     products = tuple(str(p) for p in rng.permutation(PRODUCTS)[:num_rows])
     heads = QUARTERS if rng.random() < 0.5 else MONTHS
     first = int(rng.integers(0, len(heads) - num_columns + 1))
@@ -121,7 +121,7 @@ def draw(rng: np.random.Generator, table: Table, font: str) -> Pixels:
     height = cell_height * (len(table.products) + 1)
     width = -(-(NAME_PX + cell_width * len(table.columns)) // 28) * 28
     ink, paper = tint(rng, 10, 60), tint(rng, 235, 255)
-    canvas, size = Canvas(height, width, paper), int(rng.integers(13, 16))
+    canvas, size = Canvas(height, width, paper), int(rng.integers(15, 18))
     head = tint(rng, 190, 225)
     canvas.box(0, 0, width, cell_height, head if rng.random() < 0.6 else paper)
     is_striped, is_ruled = bool(rng.random() < 0.4), bool(rng.random() < 0.5)
@@ -137,7 +137,7 @@ def draw(rng: np.random.Generator, table: Table, font: str) -> Pixels:
             canvas.text(x, top + cell_height / 2 + rng.uniform(-1, 1), str(value), font, size, ink)
     for column, name in enumerate(table.columns):
         x = NAME_PX + cell_width * (column + 0.5)
-        canvas.text(x, cell_height / 2, name, font, size, ink)
+        canvas.text(x, cell_height / 2, name, font, min(size, 14), ink)
         if is_ruled:
             canvas.line([(x - cell_width / 2, 0), (x - cell_width / 2, height)], tint(rng, 120, 180), 0.5)
     canvas.line([(0, cell_height), (width, cell_height)], ink)
