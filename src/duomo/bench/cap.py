@@ -79,7 +79,7 @@ def measure(checkpoint: Path, ram_bytes: int | None, num_tokens: int, warm_up: i
             "tokens_per_s": round(len(gaps) / sum(gaps), 3),
             "median_gap_ms": round(1e3 * median(gaps), 1),
             "longest_gap_ms": round(1e3 * max(gaps), 1),
-            "process_bytes": resident_bytes(),
+            "process_bytes": resident_bytes()["all"],
             "cached_pool_bytes": sum(cached_bytes(pool.ranges) or 0 for pool in pools),
         }
         for name in ("expert_hits", "expert_misses", "expert_read_bytes", "expert_stops"):

@@ -27,12 +27,11 @@ SEED = 20261124
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, thinking="off")
 
 
-def resident_bytes() -> int:
-    """Of this process, as Linux counts it."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) << 10
-    raise AssertionError("this system does not tell the resident memory")
+def resident_bytes() -> dict[str, int]:
+    """Of this process, as Linux counts it: all, the most so far, written memory, pages of files."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    names = {"all": "VmRSS", "peak": "VmHWM", "written": "RssAnon", "files": "RssFile"}
+    return {name: int(fields[field].split()[0]) << 10 for name, field in names.items()}
 
 
 def random_ids(llm: LLM, count: int, seed: int = SEED) -> list[int]:
@@ -52,16 +51,24 @@ def noise_picture(side_px: int, seed: int = SEED) -> ImagePart:
 def snapshot(llm: LLM, after: str) -> dict[str, Any]:
     assert llm.residency is not None
     pools = {name: int(row["resident_bytes"] or 0) for name, row in llm.residency.report().items()}
-    total = resident_bytes()
-    found = {"after": after, "process_bytes": total, "own_bytes": total - sum(pools.values()), "pools": pools}
+    resident = resident_bytes()
+    total = resident["all"]
+    found = {
+        "after": after,
+        "process_bytes": total,
+        "own_bytes": total - sum(pools.values()),
+        "resident_bytes": resident,
+        "pools": pools,
+    }
     held = ", ".join(f"{name} {size >> 20}" for name, size in pools.items())
-    print(f"{after}: {total / 1e9:.2f} GB; MiB of it: {held}", flush=True)
+    parts = ", ".join(f"{name} {size / 1e9:.3f}" for name, size in resident.items())
+    print(f"{after}: {total / 1e9:.2f} GB ({parts}); MiB of it: {held}", flush=True)
     return found
 
 
-def run(checkpoint: Path, context: int, side_px: int) -> dict[str, Any]:
+def run(checkpoint: Path, context: int, side_px: int, kv_dtype: str) -> dict[str, Any]:
     steps = []
-    with LLM.open(checkpoint, max_model_tokens=4096, max_sequences=1) as llm:
+    with LLM.open(checkpoint, max_model_tokens=4096, max_sequences=1, kv_dtype=kv_dtype) as llm:
         if llm.residency is None or not llm.has_vision:
             raise SystemExit("give a quantized multimodal checkpoint, such as `duomo synth` writes")
         steps.append(snapshot(llm, "opening"))
@@ -79,6 +86,7 @@ def run(checkpoint: Path, context: int, side_px: int) -> dict[str, Any]:
     return {
         "checkpoint": checkpoint.name,
         "machine": platform.processor() or platform.machine(),
+        "kv_dtype": kv_dtype,
         "steps": steps,
     }
 
@@ -88,9 +96,10 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--context", type=int, default=4096, help="tokens of the text")
     parser.add_argument("--side", type=int, default=448, help="side of the picture in pixels")
+    parser.add_argument("--kv", default="auto", help="how keys and values are kept: auto, bfloat16, int8")
     parser.add_argument("--json", type=Path, help="file for the raw values")
     options = parser.parse_args()
-    found = run(options.checkpoint, options.context, options.side)
+    found = run(options.checkpoint, options.context, options.side, options.kv)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 

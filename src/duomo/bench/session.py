@@ -32,7 +32,7 @@ _COLOURS = {
 def sample(llm: LLM) -> dict[str, int]:
     assert llm.residency is not None
     parts = {name: int(row["resident_bytes"] or 0) for name, row in llm.residency.report().items()}
-    whole = resident_bytes()
+    whole = resident_bytes()["all"]
     rest = sum(size for name, size in parts.items() if name not in _COLOURS)
     kept = {name: parts.get(name, 0) for name in _COLOURS}
     kept["attention, shared, embeddings"] = rest
