@@ -3,6 +3,8 @@
 One model, one stream after a short prompt, the variants taking turns; medians of a step over all rounds. Each
 variant is the finished system less one thing, so the ratio is what that thing is worth beside all others. The
 finished system's step is also told by part. For a checkpoint of full size, as `duomo synth` writes.
+`--contexts 64 4096` compares lengths of context instead: keys and values before the first step are drawn at
+random, since what attention costs does not depend on them, and a prompt of that length takes a minute.
 """
 
 from __future__ import annotations
@@ -106,14 +108,44 @@ def run(checkpoint: Path, prompt: int, rounds: int, steps: int) -> dict[str, Any
     }
 
 
+def by_context(checkpoint: Path, contexts: list[int], rounds: int, steps: int) -> dict[str, Any]:
+    """Streams of different lengths taking turns: milliseconds of a step at the median."""
+    model = load_model(checkpoint)
+    streams = {
+        length: Streams(model, 1, length + 40 + rounds * (steps + 1), "bfloat16") for length in contexts
+    }
+    for length, stream in streams.items():
+        stream.cache.store.normal_()
+        stream.num_cached = length
+        for _ in range(32 // len(contexts)):  # until every expert has been in memory
+            stream.step()
+    seconds: dict[int, list[float]] = {length: [] for length in contexts}
+    for _ in range(rounds):
+        for length, stream in streams.items():
+            stream.step()
+            seconds[length] += [stream.step() for _ in range(steps)]
+    return {
+        str(length): {"ms": 1e3 * median(own), "steps_ms": [round(1e3 * x, 2) for x in own]}
+        for length, own in seconds.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=16, help="of each variant in a round")
+    parser.add_argument("--contexts", type=int, nargs="+", help="compare these lengths instead")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.contexts:
+        lengths = by_context(options.checkpoint, options.contexts, options.rounds, options.steps)
+        for length, row in lengths.items():
+            print(f"after {length:>6} tokens{row['ms']:10.1f} ms{1e3 / row['ms']:8.2f} tokens/s")
+        if options.json:
+            options.json.write_text(json.dumps(lengths, indent=1) + "\n", encoding="utf-8")
+        return
     found = run(options.checkpoint, options.prompt, options.rounds, options.steps)
     for title, row in found["rows"].items():
         print(f"{title:30}{row['ms']:10.1f} ms{row['tokens_per_s']:8.2f} tokens/s{row['ratio']:8.2f}")
