@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from duomo import _native
-from duomo.bench import cap, decode, first_token, memory, session
+from duomo.bench import cap, decode, decode_ablation, first_token, memory, session
 from duomo.checkpoints import load_model
 from duomo.checkpoints.inventory import VISION_PARTS, take_inventory
 from duomo.model import BankConfig, SpecialIds
@@ -67,3 +67,22 @@ def test_a_step_is_one_decoder_and_one_head(folder: Path) -> None:
     assert 0 < sum(found["native_ms_a_step"].values()) <= found["ms_a_step"] * 1.001
     assert 0 <= found["share_outside_native"] < 1
     assert _native.Decoder.run is before  # nothing is left wrapped
+
+
+def test_an_ablation_changes_one_thing_at_a_time_and_leaves_nothing(folder: Path) -> None:
+    before = _native.current_isa(), _native.num_threads()
+    found = decode_ablation.run(folder, prompt=8, rounds=1, steps=2)
+    assert (_native.current_isa(), _native.num_threads()) == before
+    assert set(found["rows"]) == set(found["steps_ms"]) == set(decode_ablation.VARIANTS)
+    assert found["rows"][decode_ablation.FULL]["ratio"] == 1
+    assert {"Decoder.run", "Integers.linear", "outside native calls"} == set(found["parts_ms"])
+    model = load_model(folder)
+    with decode_ablation.layer_by_layer(model):
+        stream = decode.Streams(model, 1, 8, "bfloat16")
+        assert "Decoder.run" not in decode.profile(stream, 1)["native_ms_a_step"]
+    assert "Decoder.run" in decode.profile(stream, 1)["native_ms_a_step"]
+
+
+def test_lengths_of_context_take_turns(folder: Path) -> None:
+    found = decode_ablation.by_context(folder, [8, 40], rounds=2, steps=3)
+    assert [len(row["steps_ms"]) for row in found.values()] == [6, 6] and list(found) == ["8", "40"]

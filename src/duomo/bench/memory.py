@@ -66,7 +66,7 @@ def snapshot(llm: LLM, after: str) -> dict[str, Any]:
     return found
 
 
-def run(checkpoint: Path, context: int, side_px: int, kv_dtype: str) -> dict[str, Any]:
+def run(checkpoint: Path, context: int, side_px: int, kv_dtype: str = "auto") -> dict[str, Any]:
     steps = []
     with LLM.open(checkpoint, max_model_tokens=4096, max_sequences=1, kv_dtype=kv_dtype) as llm:
         if llm.residency is None or not llm.has_vision:
