@@ -26,6 +26,7 @@ from duomo.model import Ernie
 from duomo.model.decoder import Decoder
 
 FULL = "all of it"
+WARM_UP = 24
 
 
 @contextmanager
@@ -77,10 +78,10 @@ VARIANTS: dict[str, tuple[Callable[[Ernie], Any], int]] = {
 def run(checkpoint: Path, prompt: int, rounds: int, steps: int) -> dict[str, Any]:
     model = load_model(checkpoint)
     bound = read_bytes_per_s()
-    most = prompt + 8 + (rounds + 1) * (steps + 1) * len(VARIANTS)
+    most = prompt + WARM_UP + steps + rounds * (steps + 1) * len(VARIANTS)
     stream = Streams(model, 1, most, "bfloat16")
     stream.step(prompt)
-    for _ in range(24):  # until every expert has been in memory
+    for _ in range(WARM_UP):  # until every expert has been in memory
         stream.step()
     seconds: dict[str, list[float]] = {title: [] for title in VARIANTS}
     for _ in range(rounds):
