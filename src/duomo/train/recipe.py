@@ -63,7 +63,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The embedded model: three families first, then all of them, each time dense vision before questions.
+    """The embedded model: three families first, then all of them twice, dense vision before questions.
 
     `python -m duomo.train --from CHECKPOINT --stage eyes` enters at the second half with finished weights.
     """
@@ -115,8 +115,19 @@ class Recipe:
             shares=ALL,
             cells=ALL_CELLS,
         ),
+        Stage(
+            "more",
+            num_steps=3000,
+            batch_size=32,
+            rate=1e-3,
+            decay_from=0.4,
+            cell_weight=0.5,
+            min_spacing=0.8,
+            shares=ALL,
+            cells=ALL_CELLS,
+        ),
     )
-    export: Shares = (("families", 1.0),)  # weights at the ends of stages, averaged
+    export: Shares = (("more", 1.0),)  # weights at the ends of stages, averaged
     bf16: bool = True  # products, where the processor multiplies bfloat16 (`train.precision`)
     weight_decay: float = 0.05
     clip: float = 1.0
