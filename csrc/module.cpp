@@ -10,6 +10,7 @@ void bind_trellis(nanobind::module_& m);
 
 NB_MODULE(_native, m) {
     m.doc() = "duomo's native kernels: plain C++ over raw pointers";
+    nanobind::set_leak_warnings(false);  // an engine left open at the interpreter's end is no fault of a user's
     bind_kernels(m);
     bind_vision(m);
     bind_decoder(m);
