@@ -65,3 +65,37 @@ def test_other_weights_or_questions_have_other_answers(tmp_path):
     assert 0 in KeptAnswers.of(tmp_path, tmp_path / "one", "q")
     assert 0 not in KeptAnswers.of(tmp_path, tmp_path / "two", "q")
     assert 0 not in KeptAnswers.of(tmp_path, tmp_path / "one", "other")
+
+
+def test_both_are_asked_once_however_often_a_run_is_taken_up(tmp_path, monkeypatch):
+    import duomo.evals.paired as paired
+
+    asked = []
+
+    class Sitter(paired.Sitter):
+        def __init__(self, folder, kept):
+            self.model, self.tokenizer, self.kept = folder.name, None, kept
+
+    def answer_all(model, tokenizer, questions):
+        asked.extend((model, question.question) for question in questions)
+        if len(asked) > 30:
+            raise KeyboardInterrupt
+        return ["a" if model == "bf16" else "b"] * len(questions)
+
+    for name in ("bf16", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(name)
+    monkeypatch.setattr(paired, "Sitter", Sitter)
+    monkeypatch.setattr(paired, "BLOCK", 10)
+    monkeypatch.setattr(paired, "answer_all", answer_all)
+    questions = [Question("digits/read", f"{n}?", "a", False, "s") for n in range(25)]
+    given = questions, (tmp_path / "bf16", tmp_path / "two"), tmp_path / "kept", tmp_path / "rows.json"
+    with pytest.raises(KeyboardInterrupt):
+        paired.ask_both(*given)
+    assert len(asked) == 40 and '"answered": 10' in (tmp_path / "rows.json").read_text()
+    del asked[:]
+    rows = paired.ask_both(*given)
+    assert len(asked) == 20 and len(set(asked)) == 20  # what the first had answered before was kept
+    assert rows["digits"]["lost"] == 25 and '"answered": 25' in (tmp_path / "rows.json").read_text()
+    del asked[:]
+    assert paired.ask_both(*given) == rows and asked == []

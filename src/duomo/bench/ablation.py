@@ -22,22 +22,12 @@ from duomo.checkpoints import load_model
 from duomo.model import Ernie, PackedCausal
 from duomo.processing.tokenizer import Tokenizer
 from duomo.quant.calibration import BankGrams, CalibrationBatch, Recorder, build_batches
-from duomo.quant.hessian import Gram, shrink
 from duomo.quant.judge import compare_logits, summarize
+from duomo.quant.layer import bank_hessians
 from duomo.tasks import load_handwriting
 from duomo.trellis import LCC2_12
 
 Hessians = Callable[[BankGrams, str], list[Tensor]]
-
-
-def shrunk(grams: BankGrams, part: str) -> list[Tensor]:
-    """As the pipeline takes them: gate and up borrow from the layer, down from its own bank."""
-    if part == "gate_up":
-        return [shrink(gram, grams.layer) for gram in grams.gate_up]
-    pool = Gram(grams.down[0].size)
-    for gram in grams.down:
-        pool.matrix += gram.matrix
-    return [shrink(gram, pool) for gram in grams.down]
 
 
 def own(grams: BankGrams, part: str) -> list[Tensor]:
@@ -67,7 +57,7 @@ def measure(
                 model(item.batch, PackedCausal())
     kept = {name: bank.data.clone() for name, bank in model.named_parameters() if bank.dim() == 3}
     variants: dict[str, tuple[Method, Hessians]] = {
-        title: (method, shrunk) for title, method in ablations(damping).items()
+        title: (method, bank_hessians) for title, method in ablations(damping).items()
     }
     variants["L=12, no shrinkage"] = (trellis(LCC2_12, damping), own)
     rows = {}

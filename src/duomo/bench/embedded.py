@@ -1,8 +1,8 @@
 """The embedded model at 2 bits: `python -m duomo.bench.embedded TARGET`.
 
 Calibrated on questions of the training split in the chat template, answered as the training answers them.
-Then `python -m duomo.evals --model TARGET` asks it the frozen questions of the test split: nothing is shared;
-`python -m duomo.evals.paired SOURCE TARGET` asks both.
+Then `python -m duomo.evals --model TARGET` asks it the frozen questions of the test split: nothing is shared.
+Both steps in one, for bf16 and 2 bits side by side, are `duomo.bench.two_bits`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -102,6 +103,22 @@ def _said(turn: Turn, tokenizer: Tokenizer, opening: str) -> list[int]:
     return ids
 
 
+def build(
+    source: Path,
+    target: Path,
+    prompts: Sequence[Prompt],
+    bits: str = "2",
+    code: str = "lcc2-12",
+    is_six: bool = False,
+    num_threads: int = 2,
+) -> dict[str, Any]:
+    """Quantizes `source` into `target`, or goes on with it; `is_six`: embeddings and tower at 6 bits."""
+    plan = build_plan(bits, load_config(source), preset(code))
+    if is_six:
+        plan = replace(plan, embedding=Kind.INT6, tower=Kind.INT6)
+    return quantize(source, target, plan, prompts, num_threads=num_threads)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", type=Path)
@@ -124,10 +141,7 @@ def main() -> None:
     else:
         draws = usual(load_handwriting(given.cache, "train"))
     prompts = calibration_prompts(draws, tokenizer, given.prompts)
-    plan = build_plan(given.bits, load_config(given.source), preset(given.code))
-    if given.six:
-        plan = replace(plan, embedding=Kind.INT6, tower=Kind.INT6)
-    report = quantize(given.source, given.target, plan, prompts, num_threads=given.threads)
+    report = build(given.source, given.target, prompts, given.bits, given.code, given.six, given.threads)
     ratio = report["file_bytes"] / report["source_bytes"]
     print(f"{report['file_bytes']:,} bytes, {ratio:.4f} of bf16, in {report['seconds']} s")
     print(json.dumps(report["quality"], indent=1))

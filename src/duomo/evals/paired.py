@@ -117,24 +117,12 @@ def progress(done: int, total: int, seconds_left: float, rows: Mapping[str, Row]
     return f"{done} of {total}, {seconds_left / 60:.0f} minutes left: {families}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("first", type=Path)
-    parser.add_argument("second", type=Path)
-    parser.add_argument("--read", type=int, default=4000, help="pictures to read")
-    parser.add_argument("--other", type=int, default=2000, help="questions of every other kind")
-    parser.add_argument("--family", type=int, default=0, help="questions of every kind of the wider families")
-    parser.add_argument("--cache", type=Path, default=Path("runs/cache"))
-    parser.add_argument("--kept", type=Path, default=Path("runs/paired"), help="where answers are kept")
-    parser.add_argument("--json", type=Path, help="also write the rows here, after every block")
-    given = parser.parse_args()
-    questions = frozen_questions(load_handwriting(given.cache, "test"), given.read, given.other)
-    if given.family:
-        questions += family_questions(load_pools(given.cache, "test"), given.family)
-    digest, order = hash_of(questions), shuffled(len(questions))
-    sitters = [
-        Sitter(folder, KeptAnswers.of(given.kept, folder, digest)) for folder in (given.first, given.second)
-    ]
+def ask_both(
+    questions: Sequence[Question], folders: tuple[Path, Path], kept: Path, path: Path | None = None
+) -> Mapping[str, Row]:
+    """Asks both folders every question, those in `kept` not again; prints as it goes; writes `path`."""
+    digest, order = hash_of(list(questions)), shuffled(len(questions))
+    sitters = [Sitter(folder, KeptAnswers.of(kept, folder, digest)) for folder in folders]
     rows: Mapping[str, Row] = {}
     seconds, fresh = 0.0, 0
     for start in range(0, len(order), BLOCK):
@@ -147,16 +135,40 @@ def main() -> None:
         to_ask = sum(number not in sitter.kept for sitter in sitters for number in order[start + BLOCK :])
         left = seconds / max(fresh, 1) * to_ask
         print(progress(len(done), len(order), left, rows), flush=True)
-        if given.json:
+        if path:
             result: dict[str, Any] = {
-                "first": str(given.first),
-                "second": str(given.second),
+                "first": str(folders[0]),
+                "second": str(folders[1]),
                 "questions": {"num": len(questions), "answered": len(done), "hash": digest},
                 "rows": rows,
                 "date": time.strftime("%Y-%m-%d"),
             }
-            given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return rows
+
+
+def all_questions(cache: Path, num_read: int, num_other: int, num_family: int) -> list[Question]:
+    """Frozen questions of the first three families, and of the wider ones where any are asked for."""
+    questions = frozen_questions(load_handwriting(cache, "test"), num_read, num_other)
+    return questions + (family_questions(load_pools(cache, "test"), num_family) if num_family else [])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("first", type=Path)
+    parser.add_argument("second", type=Path)
+    parser.add_argument("--read", type=int, default=4000, help="pictures to read")
+    parser.add_argument("--other", type=int, default=2000, help="questions of every other kind")
+    parser.add_argument("--family", type=int, default=0, help="questions of every kind of the wider families")
+    parser.add_argument("--cache", type=Path, default=Path("runs/cache"))
+    parser.add_argument("--kept", type=Path, default=Path("runs/paired"), help="where answers are kept")
+    parser.add_argument("--json", type=Path, help="also write the rows here, after every block")
+    given = parser.parse_args()
+    questions = all_questions(given.cache, given.read, given.other, given.family)
+    rows = ask_both(questions, (given.first, given.second), given.kept, given.json)
     print(table(rows))
+    lost = [group for group, row in rows.items() if "/" not in group and row["points"] < -BOUND]
+    print(f"families that lost more than a point: {', '.join(lost) if lost else 'none'}")
 
 
 if __name__ == "__main__":

@@ -96,11 +96,12 @@ class BankGrams:
 class Recorder:
     """Hooks on every Linear and ExpertBank under a module; gathers within `with recorder:`.
 
-    Without `hears_fitted` only linears' held-out inputs are kept, all that rounding to nearest needs.
+    Without `hears_fitted` only linears' held-out inputs are kept, all that rounding to nearest needs. Without
+    `hears_near` experts hear the tokens that chose them and no others, as errors are judged.
     """
 
-    def __init__(self, module: nn.Module, hears_fitted: bool = True) -> None:
-        self._module, self._hears_fitted = module, hears_fitted
+    def __init__(self, module: nn.Module, hears_fitted: bool = True, hears_near: bool = True) -> None:
+        self._module, self._hears_fitted, self._hears_near = module, hears_fitted, hears_near
         self.is_held_out = False
         self.linears: dict[str, tuple[Gram, Gram]] = {}  # fitted, held out
         self.banks: dict[str, tuple[BankGrams, BankGrams]] = {}
@@ -134,7 +135,7 @@ class Recorder:
     def _hear_bank(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hear(bank: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             assert isinstance(bank, ExpertBank)
-            _gather(bank, inputs[0], self.banks[name][self.is_held_out])
+            _gather(bank, inputs[0], self.banks[name][self.is_held_out], self._hears_near)
 
         return hear
 
@@ -149,7 +150,7 @@ def _bank_grams(bank: ExpertBank, is_held_out: bool = False) -> BankGrams:
     )
 
 
-def _gather(bank: ExpertBank, hidden_TD: Tensor, grams: BankGrams) -> None:
+def _gather(bank: ExpertBank, hidden_TD: Tensor, grams: BankGrams, hears_near: bool) -> None:
     router = bank.router
     logits_TE = nn.functional.linear(hidden_TD.float(), router.weight)
     probabilities_TE = logits_TE.softmax(-1)
@@ -162,7 +163,7 @@ def _gather(bank: ExpertBank, hidden_TD: Tensor, grams: BankGrams) -> None:
     for expert in range(bank.down.shape[0]):
         own_T = chosen_TE[:, expert]
         grams.num_tokens[expert] += int(own_T.sum())
-        if grams.num_tokens[expert] < rare:
+        if hears_near and grams.num_tokens[expert] < rare:
             own_T = ranks_TE[:, expert] < 2 * router.num_chosen
         rows = own_T.nonzero().squeeze(1)
         inputs, weights = hidden_TD[rows], weights_TE[rows, expert]

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from duomo.trellis import hadamard
 
+TRUST = 1.4
+"""How soon an expert is believed: at n tokens of width n it borrows 1 / (1 + TRUST)."""
+
 
 @dataclass
 class Gram:
@@ -65,14 +68,14 @@ def damp(hessian: Tensor, damping: float) -> Tensor:
     return torch.where(mean > 0, hessian + damping * mean * eye, eye)
 
 
-def shrinkage(num_tokens: int, size: int) -> float:
-    """How much of the layer's Hessian an expert of `num_tokens` borrows: 1 / (1 + 1.4 (n/K)^0.75)."""
-    return 1.0 / (1.0 + 1.4 * math.pow(num_tokens / size, 0.75))
+def shrinkage(num_tokens: int, size: int, trust: float = TRUST) -> float:
+    """How much of the layer's Hessian an expert of `num_tokens` borrows: 1 / (1 + trust (n/K)^0.75)."""
+    return 1.0 / (1.0 + trust * math.pow(num_tokens / size, 0.75))
 
 
-def shrink(expert: Gram, layer: Gram) -> Tensor:
+def shrink(expert: Gram, layer: Gram, trust: float = TRUST) -> Tensor:
     """(1 - a) H_e + a (tr H_e / tr H) H; the layer's own Hessian for an expert that saw nothing."""
-    share = shrinkage(expert.num_tokens, expert.size)
+    share = shrinkage(expert.num_tokens, expert.size, trust)
     if layer.scale <= 0:
         return expert.matrix
     ratio = expert.scale / layer.scale if expert.scale > 0 else 1.0

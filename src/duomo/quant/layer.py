@@ -22,7 +22,7 @@ from duomo.model.decoder import DecoderLayer
 from duomo.model.experts import ExpertBank
 from duomo.quant.calibration import BankGrams, CalibrationBatch, Recorder
 from duomo.quant.feedback import output_error, quantize_bank, quantize_matrices
-from duomo.quant.hessian import Gram, shrink
+from duomo.quant.hessian import TRUST, Gram, shrink
 from duomo.quant.plan import BitPlan, Kind
 from duomo.trellis.code import TrellisCode
 from duomo.trellis.integer import encode_int
@@ -171,7 +171,7 @@ class LayerQuantizer:
             if home not in self.recorder.banks:
                 return [], []
             fitted, held = self.recorder.banks[home]
-            return _bank_hessians(fitted, last), _own(held, last)
+            return bank_hessians(fitted, last), held_hessians(held, last)
         if home not in self.recorder.linears:
             return [], []
         fitted_gram, held_gram = self.recorder.linears[home]
@@ -180,42 +180,47 @@ class LayerQuantizer:
     def _encode(
         self, weights: Tensor, fitted: Sequence[Tensor], held: Sequence[Tensor], code: TrellisCode, seed: int
     ) -> tuple[list[TrellisTensor], float | None]:
-        damping = self._choose_damping(weights, fitted, held, code, seed) if fitted else 0.0
+        damping = choose_damping(weights, fitted, held, code, seed, self.num_threads) if fitted else 0.0
         hessians = fitted or [torch.eye(weights.shape[-1])] * len(weights)
         tensors = quantize_bank(weights, hessians, code, seed, damping, self.num_threads, bool(fitted))
         return tensors, damping if fitted else None
 
-    def _choose_damping(
-        self, weights: Tensor, fitted: Sequence[Tensor], held: Sequence[Tensor], code: TrellisCode, seed: int
-    ) -> float:
-        """The damping of least held-out error on the matrices that held-out tokens read most."""
-        heard = sorted(range(len(held)), key=lambda e: -held[e].diagonal().sum().item())[:TRIAL_EXPERTS]
-        if not heard or held[heard[0]].diagonal().sum() == 0:
-            return DAMPINGS[1]
-        hessians, judges = torch.stack([fitted[e] for e in heard]), [held[e] for e in heard]
-        errors = {}
-        for damping in DAMPINGS:
-            tensors = quantize_matrices(
-                weights[heard], hessians, code, seed, damping, self.num_threads, sweeps=1
-            )
-            opened = [torch.from_numpy(tensor.decode()) for tensor in tensors]
-            error = _mean_error(weights[heard], opened, judges)
-            errors[damping] = np.inf if error is None else error
-        return min(errors, key=lambda damping: errors[damping])
+
+def choose_damping(
+    weights: Tensor,
+    fitted: Sequence[Tensor],
+    held: Sequence[Tensor],
+    code: TrellisCode,
+    seed: int,
+    num_threads: int = 1,
+) -> float:
+    """The damping of least held-out error on the matrices [E, N, K] that held-out tokens read most."""
+    heard = sorted(range(len(held)), key=lambda e: -held[e].diagonal().sum().item())[:TRIAL_EXPERTS]
+    if not heard or held[heard[0]].diagonal().sum() == 0:
+        return DAMPINGS[1]
+    hessians, judges = torch.stack([fitted[e] for e in heard]), [held[e] for e in heard]
+    errors = {}
+    for damping in DAMPINGS:
+        tensors = quantize_matrices(weights[heard], hessians, code, seed, damping, num_threads, sweeps=1)
+        opened = [torch.from_numpy(tensor.decode()) for tensor in tensors]
+        error = _mean_error(weights[heard], opened, judges)
+        errors[damping] = np.inf if error is None else error
+    return min(errors, key=lambda damping: errors[damping])
 
 
-def _bank_hessians(grams: BankGrams, part: str) -> list[Tensor]:
+def bank_hessians(grams: BankGrams, part: str, trust: float = TRUST) -> list[Tensor]:
     """Gate and up borrow from the layer, which reads the same vectors; down borrows from its own bank."""
     if part == "gate_up":
-        return [shrink(gram, grams.layer) for gram in grams.gate_up]
+        return [shrink(gram, grams.layer, trust) for gram in grams.gate_up]
     pool = Gram(grams.down[0].size)
     for gram in grams.down:
         pool.matrix += gram.matrix
         pool.num_tokens += gram.num_tokens
-    return [shrink(gram, pool) for gram in grams.down]
+    return [shrink(gram, pool, trust) for gram in grams.down]
 
 
-def _own(held: BankGrams, part: str) -> list[Tensor]:
+def held_hessians(held: BankGrams, part: str) -> list[Tensor]:
+    """What an expert's rounding is judged by: the layer's for gate and up, its own for down."""
     return [held.layer.matrix if part == "gate_up" else gram.matrix for gram in held.down]
 
 
