@@ -27,6 +27,7 @@ from duomo.processing.template import build_prompt
 from duomo.processing.tokenizer import Tokenizer
 from duomo.processing.video import load_frames
 from duomo.quant import build_plan, quantize
+from duomo.quant.pipeline import Progress
 from duomo.quant.plan import Kind
 from duomo.tasks import Example, Handwriting, Split, Turn, dialogue, digits, load_handwriting, shapes
 from duomo.tasks.families import FAMILIES
@@ -116,7 +117,11 @@ def build(
     plan = build_plan(bits, load_config(source), preset(code))
     if is_six:
         plan = replace(plan, embedding=Kind.INT6, tower=Kind.INT6)
-    return quantize(source, target, plan, prompts, num_threads=num_threads)
+
+    def tell(step: Progress) -> None:
+        print(f"{step.what}: {step.done} of {step.total} pieces", flush=True)
+
+    return quantize(source, target, plan, prompts, num_threads=num_threads, progress=tell)
 
 
 def main() -> None:
