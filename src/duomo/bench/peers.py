@@ -3,7 +3,8 @@
 llama.cpp does not know ERNIE-VL; its `ernie4_5-moe` is the text path of VL-28B-A3B, so the GGUF is that, with
 random weights, in its own 2-bit type. The two take turns, round by round, each in a process of its own after
 its file has been read once, so that neither waits for the disk; medians and the ratio of medians are what
-counts. Nothing else may run meanwhile: llama.cpp's threads spin at barriers.
+counts. Rounds are kept in the JSON as they end, and a run cut short goes on. Nothing else may run meanwhile:
+llama.cpp's threads spin at barriers.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
+Figures: TypeAlias = dict[str, Any]
 CHUNK_BYTES = 1 << 24
 ROWS = {
     "decode, one stream": "decode_tokens_per_s",
@@ -42,7 +44,7 @@ def run(command: Sequence[str | Path]) -> str:
     return done.stdout
 
 
-def llama(options: argparse.Namespace) -> dict[str, float]:
+def llama(options: argparse.Namespace) -> Figures:
     read_through(options.gguf)
     threads = ["-t", str(options.threads)]
     sizes = ["-p", str(options.prompt), "-n", str(options.tokens)]
@@ -66,7 +68,7 @@ def llama(options: argparse.Namespace) -> dict[str, float]:
     return found
 
 
-def duomo(options: argparse.Namespace) -> dict[str, Any]:
+def duomo(options: argparse.Namespace) -> Figures:
     """Decoding from a short context, as theirs does; the prefill is a run of its own."""
     read_through(options.checkpoint)
     sizes = ["--prompt", "64", "--tokens", str(options.tokens), "--streams", str(options.streams)]
@@ -78,11 +80,11 @@ def duomo(options: argparse.Namespace) -> dict[str, Any]:
     return facts | {"prefill_tokens_per_s": prefill["prefill_tokens_per_s"]}
 
 
-def decode_facts(checkpoint: Path, *sizes: str) -> dict[str, Any]:
+def decode_facts(checkpoint: Path, *sizes: str) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "facts.json"
         run([sys.executable, "-m", "duomo.bench.decode", checkpoint, *sizes, "--json", target])
-        facts: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
+        facts: Figures = json.loads(target.read_text(encoding="utf-8"))
     return facts
 
 
@@ -98,20 +100,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    theirs, ours = [], []
-    for number in range(options.rounds):
+    settings = {name: getattr(options, name) for name in ("threads", "prompt", "tokens", "streams")}
+    settings["gguf"], settings["checkpoint"] = options.gguf.name, options.checkpoint.name
+    theirs, ours = rounds_kept(options.json, settings)
+    for number in range(len(ours), options.rounds):
         theirs.append(llama(options))
         ours.append(duomo(options))
         print(f"round {number + 1} of {options.rounds} done", file=sys.stderr)
-    print(f"{'':22}{'llama.cpp':>12}{'duomo':>10}{'ratio':>8}   tokens/s, medians of {options.rounds}")
-    summary = {}
+        if options.json:
+            result = {"summary": _summary(theirs, ours), "llama.cpp": theirs, "duomo": ours, **settings}
+            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{'':22}{'llama.cpp':>12}{'duomo':>10}{'ratio':>8}   tokens/s, medians of {len(ours)}")
+    for title, row in _summary(theirs, ours).items():
+        print(f"{title:22}{row['llama.cpp']:12.2f}{row['duomo']:10.2f}{row['ratio']:8.2f}")
+
+
+def rounds_kept(file: Path | None, settings: Figures) -> tuple[list[Figures], list[Figures]]:
+    """Those of a run with the same settings that wrote into `file`: a run cut short goes on."""
+    if file is None or not file.is_file():
+        return [], []
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    if any(kept.get(name) != value for name, value in settings.items()):
+        return [], []
+    return kept["llama.cpp"], kept["duomo"]
+
+
+def _summary(theirs: list[Figures], ours: list[Figures]) -> dict[str, dict[str, float]]:
+    found = {}
     for title, name in ROWS.items():
         pair = median(row[name] for row in theirs), median(row[name] for row in ours)
-        summary[title] = {"llama.cpp": pair[0], "duomo": pair[1], "ratio": pair[1] / pair[0]}
-        print(f"{title:22}{pair[0]:12.2f}{pair[1]:10.2f}{pair[1] / pair[0]:8.2f}")
-    if options.json:
-        result = {"summary": summary, "llama.cpp": theirs, "duomo": ours, "gguf": options.gguf.name}
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        found[title] = {"llama.cpp": pair[0], "duomo": pair[1], "ratio": pair[1] / pair[0]}
+    return found
 
 
 if __name__ == "__main__":
