@@ -256,3 +256,25 @@ def test_a_disk_that_fills_up_leaves_a_run_that_goes_on(done, source, tmp_path, 
     assert len(calls) == 5  # two before, the one that failed, and the two that were left
     for path in done[0].glob("*.safetensors"):
         assert (tmp_path / "x" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("bits", ["2", "auto"])
+def test_there_is_never_more_than_one_layer(source, tmp_path, monkeypatch, bits):
+    import weakref
+
+    import duomo.quant.pipeline as pipeline
+    import duomo.quant.sensitivity as sensitivity
+
+    alive, most = weakref.WeakSet(), []
+
+    class Counted(pipeline.DecoderLayer):
+        def __init__(self, *given):
+            super().__init__(*given)
+            alive.add(self)
+            most.append(len(alive))
+
+    monkeypatch.setattr(pipeline, "DecoderLayer", Counted)
+    monkeypatch.setattr(sensitivity, "DecoderLayer", Counted)
+    quantize(source, tmp_path / "x", bits, prompts(num=2), budget_bytes=10**6 if bits == "auto" else 0)
+    assert len(most) == (6 if bits == "auto" else 3)
+    assert max(most) == 1, most  # without waiting for a collection of cycles

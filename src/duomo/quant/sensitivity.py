@@ -55,6 +55,7 @@ def measure_banks(
                     if names:
                         changed[f"{index}.{modality}"] = walk(layer, stream.config, before, items, _deaf)
         states = after
+        del layer, quantizer  # before the next is made: a layer of the 28B is 4 GB, its moments as much again
         note(index + 1)
     original = [states[i] for i in judged]
     return {bank: _mean_kl(ends, original, own, items) for bank, own in changed.items()}
