@@ -167,8 +167,9 @@ def main() -> None:
     questions = all_questions(given.cache, given.read, given.other, given.family)
     rows = ask_both(questions, (given.first, given.second), given.kept, given.json)
     print(table(rows))
-    lost = [group for group, row in rows.items() if "/" not in group and row["points"] < -BOUND]
-    print(f"families that lost more than a point: {', '.join(lost) if lost else 'none'}")
+    families = {group: verdict(row) for group, row in rows.items() if "/" not in group}
+    for said in ("within", "open", "lost more"):
+        print(f"{said}: {', '.join(group for group, own in families.items() if own == said) or 'none'}")
 
 
 if __name__ == "__main__":
