@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,24 @@ def row_of(turn: Turn, place: str | None) -> dict[str, Any]:
     return {"kind": turn.kind, "messages": [{"role": "user", "content": content}, answer]}
 
 
+def commonest(path: Path) -> dict[str, float]:
+    """By kind, the share of rows that a blind guess gets right: the commonest answer in the row's language.
+
+    With thinking an answer is its thought too, as `duomo eval` has it.
+    """
+    counts: defaultdict[str, defaultdict[bool, Counter[tuple[str, str]]]]
+    counts = defaultdict(lambda: defaultdict(Counter))
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        asked, answer = row["messages"]
+        is_english = asked["content"][-1]["text"].isascii()
+        counts[row["kind"]][is_english][answer.get("reasoning_content", ""), answer["content"]] += 1
+    return {
+        kind: sum(max(found.values()) for found in by.values()) / sum(found.total() for found in by.values())
+        for kind, by in sorted(counts.items())
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     names = [name for name in (*FAMILIES, *TRADES) if name not in ("clips", "instructions")]
@@ -62,6 +81,8 @@ def main() -> None:
     for split, part, num in (("train", "train", given.num), ("test", "unseen", given.unseen)):
         path = write_rows(given.name, load_pools(given.cache, split), given.out, part, num)
         print(path)
+    for kind, share in commonest(path).items():
+        print(f"  {kind}: {100 * share:.1f} % by the commonest answer")
 
 
 if __name__ == "__main__":
