@@ -3,27 +3,12 @@
 
 #include <cstring>
 
+#include "lanes.hpp"
+
 namespace {
 
 using duomo::CacheSide;
 using duomo::Stored;
-
-typedef float F32x16 __attribute__((vector_size(64)));
-typedef uint32_t U32x16 __attribute__((vector_size(64)));
-typedef int32_t I32x16 __attribute__((vector_size(64)));
-typedef uint16_t U16x16 __attribute__((vector_size(32)));
-typedef int16_t I16x16 __attribute__((vector_size(32)));
-typedef int8_t I8x16 __attribute__((vector_size(16)));
-
-template <class V>
-inline V load_as(const void* p) {
-    V v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-inline void store(float* p, F32x16 v) { std::memcpy(p, &v, sizeof v); }
-
-constexpr I32x16 kIndex = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 void widen(const CacheSide& side, int64_t group, const int64_t* slots, int64_t count, float* out) {
     const int64_t width = side.head_dim;

@@ -7,25 +7,16 @@
 #include <vector>
 
 #include "bfloat16.hpp"
+#include "lanes.hpp"
 
 namespace {
 
 using duomo::DenseProduct;
 
-typedef float F32x16 __attribute__((vector_size(64)));
-typedef int32_t I32x16 __attribute__((vector_size(64)));
-typedef uint32_t U32x16 __attribute__((vector_size(64)));
-
 constexpr int kSums = DUOMO_DENSE_SUMS;
 constexpr int kLanes = 16;
 constexpr int kWide = kSums / 4;  // panels of a tile
-constexpr I32x16 kIndex = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-inline F32x16 load(const float* p) {
-    F32x16 v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
 inline F32x16 load_part(const float* p, int64_t count) {  // zeros beyond
     F32x16 v = {};
     std::memcpy(&v, p, size_t(count) * 4);

@@ -61,6 +61,19 @@ class Stage:
     start: Shares = ()  # weights at the ends of these stages, averaged, are what this one starts from
 
 
+_FAMILIES = Stage(
+    "families",
+    num_steps=3200,
+    batch_size=32,
+    rate=1e-3,
+    decay_from=0.5,
+    cell_weight=0.5,
+    min_spacing=0.8,
+    shares=ALL,
+    cells=ALL_CELLS,
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """The embedded model: three families first, then all of them twice, dense vision before questions.
@@ -104,28 +117,8 @@ class Recipe:
             cells=ALL_CELLS,
             start=(("joint", 0.15), ("reading", 0.25), ("finish", 0.6)),
         ),
-        Stage(
-            "families",
-            num_steps=3200,
-            batch_size=32,
-            rate=1e-3,
-            decay_from=0.5,
-            cell_weight=0.5,
-            min_spacing=0.8,
-            shares=ALL,
-            cells=ALL_CELLS,
-        ),
-        Stage(
-            "more",
-            num_steps=3000,
-            batch_size=32,
-            rate=1e-3,
-            decay_from=0.4,
-            cell_weight=0.5,
-            min_spacing=0.8,
-            shares=ALL,
-            cells=ALL_CELLS,
-        ),
+        _FAMILIES,
+        replace(_FAMILIES, name="more", num_steps=3000, decay_from=0.4),
     )
     export: Shares = (("more", 1.0),)  # weights at the ends of stages, averaged
     bf16: bool = True  # products, where the processor multiplies bfloat16 (`train.precision`)
