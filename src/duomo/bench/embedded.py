@@ -111,17 +111,18 @@ def build(
     bits: str = "2",
     code: str = "lcc2-12",
     is_six: bool = False,
+    is_tuned: bool = False,
     num_threads: int = 2,
 ) -> dict[str, Any]:
-    """Quantizes `source` into `target`, or goes on with it; `is_six`: embeddings and tower at 6 bits."""
+    """Quantizes `source` into `target`, or goes on with it; `is_six`: the tower at 6 bits."""
     plan = build_plan(bits, load_config(source), preset(code))
     if is_six:
-        plan = replace(plan, embedding=Kind.INT6, tower=Kind.INT6)
+        plan = replace(plan, tower=Kind.INT6)
 
     def tell(step: Progress) -> None:
         print(f"{step.what}: {step.done} of {step.total} pieces", flush=True)
 
-    return quantize(source, target, plan, prompts, num_threads=num_threads, progress=tell)
+    return quantize(source, target, plan, prompts, is_tuned=is_tuned, num_threads=num_threads, progress=tell)
 
 
 def main() -> None:
@@ -130,9 +131,8 @@ def main() -> None:
     parser.add_argument("--source", type=Path, default=EMBEDDED)
     parser.add_argument("--bits", default="2")
     parser.add_argument("--code", default="lcc2-12")
-    parser.add_argument(
-        "--six", action="store_true", help="embeddings and tower at 6 bits: a quarter of bf16"
-    )
+    parser.add_argument("--six", action="store_true", help="the tower at 6 bits: a quarter of bf16")
+    parser.add_argument("--tune", action="store_true", help="row scales tuned layer by layer at the end")
     parser.add_argument("--prompts", type=int, default=1200)
     parser.add_argument(
         "--all", action="store_true", help="calibrate on every family, not only the first three"
@@ -146,7 +146,8 @@ def main() -> None:
     else:
         draws = usual(load_handwriting(given.cache, "train"))
     prompts = calibration_prompts(draws, tokenizer, given.prompts)
-    report = build(given.source, given.target, prompts, given.bits, given.code, given.six, given.threads)
+    kept = (given.bits, given.code, given.six, given.tune, given.threads)
+    report = build(given.source, given.target, prompts, *kept)
     ratio = report["file_bytes"] / report["source_bytes"]
     print(f"{report['file_bytes']:,} bytes, {ratio:.4f} of bf16, in {report['seconds']} s")
     print(json.dumps(report["quality"], indent=1))

@@ -1,7 +1,7 @@
 """Every family of the embedded model at 2 bits against bf16: `python -m duomo.bench.two_bits`.
 
 Whatever weights are shipped: they are quantized into `runs/two-bits-DIGEST` (experts at 2 bits, attention at
-4, tower and embeddings at 6), calibrated on every family's training split, and both answer the same held-out
+4, tower at 6, embeddings at 8), calibrated on every family's training split, and both answer the same held-out
 questions (`duomo.evals.paired`). Nothing of it is done twice: a run that was killed goes on with the layer,
 or the block of questions, that it was in; other weights get a folder and answers of their own.
 """
@@ -27,7 +27,7 @@ def quantized(source: Path, runs: Path, num_prompts: int, cache: Path, threads: 
     if not (target / "config.json").exists():  # written last
         draws = all_families(load_pools(cache, "train"))
         prompts = calibration_prompts(draws, Tokenizer.load(source), num_prompts)
-        build(source, target, prompts, is_six=True, num_threads=threads)
+        build(source, target, prompts, is_six=True, is_tuned=True, num_threads=threads)
     report = json.loads((target / "report.json").read_text())
     ratio = report["file_bytes"] / report["source_bytes"]
     print(f"{target}: {report['file_bytes']:,} bytes, {ratio:.4f} of bf16", flush=True)
