@@ -1,9 +1,9 @@
 """Every family of the embedded model at 2 bits against bf16: `python -m duomo.bench.two_bits`.
 
 Whatever weights are shipped: they are quantized into `runs/two-bits-DIGEST` (experts at 2 bits, attention at
-4, tower at 6, embeddings at 8), calibrated on every family's training split, and both answer the same held-out
-questions (`duomo.evals.paired`). Nothing of it is done twice: a run that was killed goes on with the layer,
-or the block of questions, that it was in; other weights get a folder and answers of their own.
+4, tower at 6, embeddings at 8, scales tuned), calibrated on every family's training split, and both answer
+the same held-out questions (`duomo.evals.paired`). Nothing of it is done twice: a run that was killed goes on
+with the layer, or the block of questions, that it was in; other weights get a folder of their own.
 """
 
 from __future__ import annotations
