@@ -69,8 +69,8 @@ def test_a_damaged_file_is_named_and_a_mended_one_goes_on(pristine, source, tmp_
 
 
 def test_every_file_is_read_for_its_sum_once(source, tmp_path, monkeypatch):
-    read, digest = [], checksums._digest
-    monkeypatch.setattr(checksums, "_digest", lambda path: read.append(path.name) or digest(path))
+    read, digest = [], checksums.sha256_of
+    monkeypatch.setattr(checksums, "sha256_of", lambda path: read.append(path.name) or digest(path))
     quantize(source, tmp_path / "two", "2")
     listed = {line.split()[1] for line in (source / "SHA256SUMS").read_text().splitlines()}
     assert len(listed) > 5 and sorted(read) == sorted(listed - {"README.md"})

@@ -187,6 +187,12 @@ def show(facts: dict[str, Any], depth: int = 0) -> None:
             print("  " * depth + f"{name}: " + (f"{value:.4g}" if isinstance(value, float) else f"{value}"))
 
 
+def ask_layers(model: Ernie) -> None:
+    """From now on, until `decoder.forward` is deleted, every layer is a call of its own."""
+    decoder = model.decoder
+    decoder.forward = lambda *given: Decoder.forward(decoder, *given)  # type: ignore[method-assign]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
@@ -202,9 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = load_model(options.checkpoint)
     loaded = time.perf_counter() - started
     if options.layers:
-        plain = Decoder.forward
-        decoder = model.decoder
-        decoder.forward = lambda *args: plain(decoder, *args)  # type: ignore[method-assign]
+        ask_layers(model)
     per_token = sum(read_per_token(take_inventory(options.checkpoint)).values())
     facts = {
         "threads": _native.num_threads(),

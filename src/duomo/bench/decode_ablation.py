@@ -18,12 +18,11 @@ from statistics import median
 from typing import Any
 
 from duomo import _native
-from duomo.bench.decode import NativeClock, Streams, read_bytes_per_s
+from duomo.bench.decode import NativeClock, Streams, ask_layers, read_bytes_per_s
 from duomo.checkpoints import load_model
 from duomo.checkpoints.fit import read_per_token
 from duomo.checkpoints.inventory import take_inventory
 from duomo.model import Ernie
-from duomo.model.decoder import Decoder
 
 FULL = "all of it"
 WARM_UP = 24
@@ -36,12 +35,11 @@ def as_it_is(model: Ernie) -> Iterator[None]:
 
 @contextmanager
 def layer_by_layer(model: Ernie) -> Iterator[None]:
-    decoder = model.decoder
-    decoder.forward = lambda *given: Decoder.forward(decoder, *given)  # type: ignore[method-assign]
+    ask_layers(model)
     try:
         yield
     finally:
-        del decoder.forward
+        del model.decoder.forward
 
 
 @contextmanager

@@ -146,8 +146,16 @@ def main() -> None:
     else:
         draws = usual(load_handwriting(given.cache, "train"))
     prompts = calibration_prompts(draws, tokenizer, given.prompts)
-    kept = (given.bits, given.code, given.six, given.tune, given.threads)
-    report = build(given.source, given.target, prompts, *kept)
+    report = build(
+        given.source,
+        given.target,
+        prompts,
+        given.bits,
+        given.code,
+        is_six=given.six,
+        is_tuned=given.tune,
+        num_threads=given.threads,
+    )
     ratio = report["file_bytes"] / report["source_bytes"]
     print(f"{report['file_bytes']:,} bytes, {ratio:.4f} of bf16, in {report['seconds']} s")
     print(json.dumps(report["quality"], indent=1))

@@ -12,17 +12,17 @@ import argparse
 import json
 import subprocess
 import sys
-from hashlib import sha256
 from pathlib import Path
 
 from duomo.bench.embedded import EMBEDDED, all_families, build, calibration_prompts
+from duomo.checkpoints.checksums import sha256_of
 from duomo.processing.tokenizer import Tokenizer
 from duomo.tasks.pools import load_pools
 
 
 def quantized(source: Path, runs: Path, num_prompts: int, cache: Path, threads: int) -> Path:
     """The folder of the source's 2-bit copy, made or made to its end where it is not."""
-    digest = sha256((source / "model.safetensors").read_bytes()).hexdigest()[:12]
+    digest = sha256_of(source / "model.safetensors")[:12]
     target = runs / f"two-bits-{digest}-{num_prompts}"
     if not (target / "config.json").exists():  # written last
         draws = all_families(load_pools(cache, "train"))

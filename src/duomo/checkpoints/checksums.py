@@ -49,7 +49,7 @@ class Checksums:
         listed = self.digests.get(path.name)
         if listed is None or path.name in self._compared:
             return
-        found = _digest(path)
+        found = sha256_of(path)
         if found != listed:
             raise CorruptFile(
                 f"{path} is damaged: its SHA-256 begins {found[:12]}, {SUMS_NAME} beside it says "
@@ -72,7 +72,8 @@ class Checksums:
             self.compare(path)
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file, in hexadecimal digits; it is never in memory as a whole."""
     digest = sha256()
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):

@@ -73,7 +73,7 @@ class Answer:
             return likeliest
         banned: list[int] = []
         if may_not_end:
-            banned = [*self._vocabulary.eos_ids, *params.stop_token_ids]
+            banned = list(self._ends)
         if not is_thinking and self._vocabulary.think_end is not None and self._grammar is not None:
             banned.append(self._vocabulary.think_end)
         allowed = None

@@ -50,9 +50,7 @@ class Heap:
 
 def few_arenas() -> None:
     """Before threads are started; those there are keep theirs."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):  # glibc alone has both
-        libc.mallopt(_M_ARENA_MAX, _NUM_ARENAS)
+    _set_glibc(_M_ARENA_MAX, _NUM_ARENAS)
 
 
 def return_large_pieces() -> None:
@@ -60,9 +58,13 @@ def return_large_pieces() -> None:
 
     glibc does so of itself only until the first large piece is freed: then it keeps pieces of that size.
     """
+    _set_glibc(_M_MMAP_THRESHOLD, LARGE_BYTES)
+
+
+def _set_glibc(parameter: int, value: int) -> None:
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
-        libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
+    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):  # glibc alone has both
+        libc.mallopt(parameter, value)
 
 
 def settle_after_loading() -> None:

@@ -6,13 +6,13 @@ import argparse
 import json
 import platform
 import time
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from duomo.checkpoints import load_model
+from duomo.checkpoints.checksums import sha256_of
 from duomo.evals.contrast import contrasts
 from duomo.evals.embedded import (
     Score,
@@ -61,7 +61,7 @@ def evaluate(
     weights = sorted(model_folder.glob("*.safetensors"))
     return {
         "questions": {"num": len(questions), "hash": hash_of(questions)},
-        "weights_sha256": {file.name: sha256(file.read_bytes()).hexdigest() for file in weights},
+        "weights_sha256": {file.name: sha256_of(file) for file in weights},
         "scores": {name: score.to_json() for name, score in scores.items()},
         "thinking": {kind: contrast.to_json() for kind, contrast in contrasts(scores).items()},
         "cpu_seconds": round(time.process_time() - started),

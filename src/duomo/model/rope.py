@@ -47,15 +47,12 @@ class RotationTable:
 
     def addresses(self, position: int) -> tuple[int, int, int]:
         """Where cos and sin [P, H/2] lie, and P, more than `position`; they move as it grows."""
-        if position >= self._num_positions:
-            self._grow(2 * position)
+        self._reach(position)
         return self._addresses
 
     def rotation(self, positions_3T: Tensor) -> Rotation:
         positions = positions_3T.numpy()
-        most = int(positions.max(initial=0))
-        if most >= self._num_positions:
-            self._grow(2 * most)
+        self._reach(int(positions.max(initial=0)))
         first_T = positions[0]
         if (positions == first_T).all():  # text alone: whole rows of the table
             cos, sin = self._cos.take(first_T, axis=0), self._sin.take(first_T, axis=0)
@@ -63,6 +60,10 @@ class RotationTable:
             index_TP = positions[self._axis].T * self._num_pairs + self._pair
             cos, sin = self._cos.take(index_TP), self._sin.take(index_TP)
         return Rotation(torch.from_numpy(cos), torch.from_numpy(sin))
+
+    def _reach(self, position: int) -> None:
+        if position >= self._num_positions:
+            self._grow(2 * position)
 
     def _grow(self, num_positions: int) -> None:
         self._num_positions = num_positions

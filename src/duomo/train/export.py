@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from duomo.checkpoints import save_model
-from duomo.checkpoints.checksums import SUMS_NAME
+from duomo.checkpoints.checksums import SUMS_NAME, sha256_of
 from duomo.model import Ernie
 from duomo.processing.tokenizer import Tokenizer
 from duomo.train.recipe import Recipe
@@ -73,7 +72,7 @@ def _settings(model: Ernie, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
 def write_sums(folder: Path) -> None:
     """SHA256SUMS of the folder's files but the card, as `sha256sum --check` reads it."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in _NOT_SUMMED)
-    lines = [f"{sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files]
+    lines = [f"{sha256_of(file)}  {file.name}\n" for file in files]
     (folder / SUMS_NAME).write_text("".join(lines), encoding="utf-8")
 
 

@@ -76,7 +76,7 @@ class NextTokens:
     """Room for a step in which each of up to `capacity` sequences computes one token of text.
 
     numbers  int64 [3, S]: the token's id, its position, and how many keys it sees, itself included
-    pages    int64 [S, M]: the pages of each sequence, filled up with 0
+    pages    int64 [S, M]: the pages of each sequence; what follows them is not read, but lies in the cache
     logits   fp32 [S, V], and `likeliest` int64 [S], the first of the largest of each row: what comes out
 
     It is made once and for one cache, since finding an array's address takes longer than filling it.
