@@ -13,6 +13,7 @@ from duomo.model import BankConfig
 from duomo.model.experts import Router
 from duomo.train.losses import (
     balance_loss,
+    nudge_bias,
     orthogonality_loss,
     orthogonality_step,
     preference_loss,
@@ -20,7 +21,7 @@ from duomo.train.losses import (
     sequence_log_probs,
     token_balanced_loss,
     token_loss,
-    update_bias,
+    usage_of,
 )
 from duomo.train.losses.preference import Pairs, Settings
 from duomo.train.losses.tokens import IGNORE
@@ -60,8 +61,11 @@ def test_z_loss_by_hand() -> None:
 def test_the_bias_moves_against_usage() -> None:
     router = a_router()
     ids = torch.tensor([[0, 1], [0, 1], [0, 1], [0, 2]])  # 4, 3, 1; the mean is 8/3
-    update_bias([(router, Routing(ids, torch.ones(4, 2), torch.zeros(4, 3)))], 0.01)
-    assert torch.allclose(router.bias, torch.tensor([-0.01, -0.01, 0.01]))
+    usage = usage_of(router, Routing(ids, torch.ones(4, 2), torch.zeros(4, 3)))
+    assert usage.tolist() == [4, 3, 1]
+    nudge_bias(router, usage, 0.01)
+    moved = torch.tensor([-0.01, -0.01, 0.01])
+    assert torch.allclose(router.bias, moved - moved.mean())  # only differences choose
 
 
 def test_a_collapse_in_each_modality_cannot_hide_in_the_other() -> None:

@@ -32,7 +32,12 @@ def short(monkeypatch: pytest.MonkeyPatch, pools: Pools) -> Recipe:
         for step in range(first_step, self.stage.num_steps):
             yield (
                 step,
-                run.make_batch(self.recipe, self.stage, str(self.folder), str(self.cache_folder), step),
+                [
+                    run.make_batch(
+                        self.recipe, self.stage, str(self.folder), str(self.cache_folder), step, part
+                    )
+                    for part in self.parts
+                ],
             )
 
     monkeypatch.setattr(run.BatchSource, "batches", batches)
@@ -40,7 +45,7 @@ def short(monkeypatch: pytest.MonkeyPatch, pools: Pools) -> Recipe:
     return recipe.shortened(num_steps=2, batch_size=6)
 
 
-@pytest.mark.parametrize("killed_at", [1, 3, 9])
+@pytest.mark.parametrize("killed_at", [1, 3, 9, 15])
 def test_resumed_equals_uninterrupted(
     short: Recipe, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
 ) -> None:

@@ -66,7 +66,11 @@ def plan_recipe(settings: Settings) -> TrainingPlan:
     uses = {
         "weights": plain + packed_bytes(trained),
         "gradients": sum(p.nbytes for p in trainable.values()),
-        "optimizer": 2 * sum(p.nbytes for p in trainable.values()),
+        "optimizer": sum(
+            (1 if group.get("is_matrix") else 2) * p.nbytes  # Muon keeps one moment, AdamW two
+            for group in run.optimizer.param_groups
+            for p in group["params"]
+        ),
         "activations": activations,
     }
     rates = {str(group["group"]): float(group["peak"]) for group in run.optimizer.param_groups}

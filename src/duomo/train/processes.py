@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,6 +105,8 @@ def check(settings: Settings, size: int) -> None:
     if settings.stage in ("dpo", "grpo") or settings.lora is not None:
         what = "an adapter" if settings.lora is not None else settings.stage
         raise TrainingError(f"{what} trains in one process; {size} were started")
+    if settings.optimizer == "muon":
+        raise TrainingError(f"muon needs whole matrices, so it trains in one process; {size} were started")
     if settings.packs_per_step % size:
         raise TrainingError(
             f"{size} processes share the packs of a step evenly; packs_per_step={settings.packs_per_step} "
@@ -111,17 +114,22 @@ def check(settings: Settings, size: int) -> None:
         )
 
 
-def run_in(count: int, work: Callable[[Settings], object], settings: Settings) -> int:
-    """Runs `work(settings)` in `count` processes of this machine; returns the exit code.
-
-    An error that all meet is told once, by the first; the death of one ends the others.
-    """
+def run_recipe_in(count: int, work: Callable[[Settings], object], settings: Settings) -> int:
+    """Runs `work(settings)` in `count` processes of this machine; returns the exit code."""
     check(settings, count)
+    return run_in(count, partial(work, settings), _backend(settings))
+
+
+def run_in(count: int, work: Callable[[], object], backend: str = "gloo") -> int:
+    """Runs `work()` in `count` processes of this machine, as one torch.distributed group.
+
+    Returns the exit code. An error that all meet is told once, by the first; the death of one ends all.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     try:
-        spawn(_enter, (count, port, work, settings), nprocs=count)
+        spawn(_enter, (count, port, work, backend), nprocs=count)
     except ProcessExitedException as ended:
         return ended.exit_code if ended.exit_code > 0 else 1
     return 0
@@ -131,12 +139,12 @@ def _backend(settings: Settings) -> str:
     return "nccl" if settings.device.startswith("cuda") else "gloo"
 
 
-def _enter(rank: int, count: int, port: int, work: Callable[[Settings], object], settings: Settings) -> None:
+def _enter(rank: int, count: int, port: int, work: Callable[[], object], backend: str) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
     address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group(_backend(settings), init_method=address, rank=rank, world_size=count)
+    dist.init_process_group(backend, init_method=address, rank=rank, world_size=count)
     try:
-        work(settings)
+        work()
     except Error as error:
         if rank == 0:
             print(f"duomo: {error}", file=sys.stderr)

@@ -26,6 +26,19 @@ ALL: Shares = (
     ("text", 0.1),
     ("instructions", 0.04),
 )
+LATER: Shares = (
+    ("digits", 0.28),
+    ("meters", 0.09),
+    ("charts", 0.12),
+    ("shapes", 0.07),
+    ("places", 0.08),
+    ("surface", 0.07),
+    ("nuclei", 0.03),
+    ("circuits", 0.08),
+    ("clips", 0.06),
+    ("text", 0.09),
+    ("instructions", 0.03),
+)
 ALL_CELLS: Shares = (
     ("boards", 0.1),
     ("digits", 0.15),
@@ -48,8 +61,10 @@ class Stage:
 
     name: str
     num_steps: int
-    batch_size: int
+    batch_size: int  # of a part
     rate: float
+    num_parts: int = 1  # of a step, shared among processes
+    optimizer: str = "adamw"  # or "muon"
     is_dense: bool = False
     tower_rate: float = 1.0
     warmup_steps: int = 100
@@ -76,7 +91,7 @@ _FAMILIES = Stage(
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The embedded model: three families first, then all of them twice, dense vision before questions.
+    """The embedded model: three families first, then all of them, dense vision before questions, Muon last.
 
     `python -m duomo.train --from CHECKPOINT --stage eyes` enters at the second half with finished weights.
     """
@@ -119,8 +134,18 @@ class Recipe:
         ),
         _FAMILIES,
         replace(_FAMILIES, name="more", num_steps=3000, decay_from=0.4),
+        replace(
+            _FAMILIES,
+            name="muon",
+            num_steps=2400,
+            num_parts=2,
+            optimizer="muon",
+            rate=1.5e-3,
+            decay_from=0.35,
+            shares=LATER,
+        ),
     )
-    export: Shares = (("more", 1.0),)  # weights at the ends of stages, averaged
+    export: Shares = (("muon", 1.0),)  # weights at the ends of stages, averaged
     bf16: bool = True  # products, where the processor multiplies bfloat16 (`train.precision`)
     weight_decay: float = 0.05
     clip: float = 1.0

@@ -1,8 +1,9 @@
 """The training run: stages in order, data made ahead by a worker, progress, checkpoints, resumption.
 
-Every batch is a function of (seed, stage, step) and there is no dropout, so model, optimizer and the step
-number are the whole state: a run that was killed goes on to the bit. Time is counted as CPU seconds of the
-run and its worker, since a shared machine makes wall time mean little.
+Every batch is a function of (seed, stage, step, part) and there is no dropout, so model, optimizer and the
+step number are the whole state: a run that was killed goes on to the bit. The parts of a step are shared
+among processes, or follow one another in one. Time is counted as CPU seconds of all processes and their
+workers, since a shared machine makes wall time mean little.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import os
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,13 +24,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from duomo.errors import TrainingError
 from duomo.model import Ernie
+from duomo.model.experts import Router
 from duomo.processing.tokenizer import Tokenizer
 from duomo.tasks.pools import load_pools
 from duomo.train import joint_stage, losses, vision_stage
+from duomo.train.muon import Muon, is_wide
 from duomo.train.precision import fast_products
 from duomo.train.recipe import Recipe, Shares, Stage, config_of
 from duomo.train.render import Renderer
@@ -50,12 +54,14 @@ def train(
 ) -> Ernie:
     """Runs or resumes the recipe in `folder`, whose `tokenizer.json` must be there. Returns the model.
 
-    `start` names the stage that a new run begins with, and the weights it begins from.
+    `start` names the stage that a new run begins with, and the weights it begins from. In a group of
+    torch.distributed every process calls it with the same arguments, and the first one writes.
     """
+    team = Team.here()
     tokenizer = Tokenizer.load(folder)
     model = build_model(tokenizer, recipe.seed, recipe.name)
     head = build_head(model).to(device)
-    state = RunState(folder, recipe)
+    state = RunState(folder, recipe, team)
     if start is not None and state.is_new:
         state.stage_index = stage_index(recipe, start[0])
         model.load_state_dict(start[1])
@@ -67,7 +73,7 @@ def train(
         state.restore(index, model, head, optimizer)
         if stage.start and state.step == 0 and (start is None or start[0] != stage.name):
             model.load_state_dict(averaged(folder, stage.start))
-        _run_stage(stage, recipe, model, head, optimizer, state, folder, cache_folder, say)
+        _run_stage(stage, recipe, model, head, optimizer, state, team, folder, cache_folder, say)
         state.finish_stage(index, model, head)
     return model
 
@@ -116,9 +122,9 @@ def build_head(model: Ernie) -> vision_stage.CellHead:
         return vision_stage.CellHead(model.config.hidden_size)
 
 
-def build_optimizer(model: Ernie, head: nn.Module, stage: Stage, recipe: Recipe) -> torch.optim.AdamW:
+def build_optimizer(model: Ernie, head: nn.Module, stage: Stage, recipe: Recipe) -> torch.optim.Optimizer:
     """Groups by rate and decay: matrices decay, gains, biases and embeddings do not."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = defaultdict(list)
     named = dict(model.named_parameters())
     # The head of the dense stage stays in every optimizer that has a dense loss.
     if stage.is_dense:
@@ -130,15 +136,15 @@ def build_optimizer(model: Ernie, head: nn.Module, stage: Stage, recipe: Recipe)
             continue
         scale = stage.tower_rate if name.startswith(("vision_tower.", "resampler.")) else 1.0
         decays = parameter.ndim > 1 and name != "embed.weight"
-        groups[scale, recipe.weight_decay if decays else 0.0].append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": params, "rate_scale": scale, "weight_decay": decay}
-            for (scale, decay), params in groups.items()
-        ],
-        lr=stage.rate,
-        betas=(0.9, 0.95),
-    )
+        is_matrix = stage.optimizer == "muon" and decays and is_wide(parameter)
+        is_matrix = is_matrix and not name.startswith("head.")
+        groups[scale, recipe.weight_decay if decays else 0.0, is_matrix].append(parameter)
+    fields = [
+        {"params": params, "rate_scale": scale, "weight_decay": decay, "is_matrix": is_matrix}
+        for (scale, decay, is_matrix), params in groups.items()
+    ]
+    kind = Muon if stage.optimizer == "muon" else torch.optim.AdamW
+    return kind(fields, lr=stage.rate, betas=(0.9, 0.95))
 
 
 def rate_at(stage: Stage, step: int) -> float:
@@ -154,33 +160,44 @@ def _run_stage(
     recipe: Recipe,
     model: Ernie,
     head: vision_stage.CellHead,
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     state: RunState,
+    team: Team,
     folder: Path,
     cache_folder: Path,
     say: Callable[[str], None],
 ) -> None:
     watch = RouterWatch().attach(model)
-    source = BatchSource(recipe, stage, folder, cache_folder)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    source = BatchSource(recipe, stage, folder, cache_folder, team)
     meter = Meter(stage, state.step)
-    for step, batch in source.batches(state.step):
+    for step, batches in source.batches(state.step):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(stage, step) * group["rate_scale"]
         optimizer.zero_grad()
-        with fast_products(recipe.bf16, model.embed.weight.device):
-            loss, score = losses_of(stage, model, head, batch)
-            seen = watch.take()
-            total: Tensor = loss
+        usage: dict[Router, Tensor] = {}
+        for batch in batches:
+            with fast_products(recipe.bf16, model.embed.weight.device):
+                loss, score = losses_of(stage, model, head, batch)
+                seen = watch.take()
+                total: Tensor = loss
+                for router, routing in seen:
+                    total = total + recipe.balance * losses.balance_loss(router, routing)
+                    total = total + recipe.router_z * losses.router_z_loss(routing)
+                (total / stage.num_parts).backward()
             for router, routing in seen:
-                total = total + recipe.balance * losses.balance_loss(router, routing)
-                total = total + recipe.router_z * losses.router_z_loss(routing)
-            total.backward()
-        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip)
+                counts_E = losses.usage_of(router, routing)
+                usage[router] = usage[router] + counts_E if router in usage else counts_E
+            meter.note(float(loss.detach()), score)
+        team.add_up([p.grad for p in parameters])
+        nn.utils.clip_grad_norm_(parameters, recipe.clip)
         optimizer.step()
-        losses.update_bias(seen, recipe.bias_update)
+        team.add_up(list(usage.values()))
+        for router, counts_E in usage.items():
+            losses.nudge_bias(router, counts_E, recipe.bias_update)
         state.step = step + 1
-        meter.note(float(loss.detach()), score)
         if state.step % 20 == 0:
+            state.count_time()
             say(meter.line(state))
         if state.step % 500 == 0 and not stage.is_dense:
             say("  dev: " + dev_line(model, stage, recipe, folder, cache_folder))
@@ -235,24 +252,53 @@ class Meter:
         self.values, self.scores = [], []
         return (
             f"{self.stage.name} {state.step}/{self.stage.num_steps} loss {loss:.3f} right {100 * score:.1f} %"
-            f" {self.stage.batch_size / pace:.0f} pictures/s, CPU {state.cpu_minutes():.1f} min,"
+            f" {self.stage.batch_size * self.stage.num_parts / pace:.0f} pictures/s,"
+            f" CPU {state.cpu_seconds / 60:.1f} min,"
             f" {left:.0f} min left"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """The processes of a run: each computes its share of a step's parts, with the whole model."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def here(cls) -> Team:
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+
+    def add_up(self, tensors: Sequence[Tensor | None]) -> None:
+        """Sums over all processes, in place, the same bits in each. All must have the same tensors."""
+        present = [tensor for tensor in tensors if tensor is not None]
+        if self.size == 1 or not present:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in present])
+        dist.all_reduce(flat)
+        for tensor, total in zip(present, flat.split([t.numel() for t in present]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
 
 
 class RunState:
     """What a resumed run needs, in one file that is replaced atomically."""
 
-    def __init__(self, folder: Path, recipe: Recipe) -> None:
-        self.path, self.recipe = folder / "state.pt", recipe
-        self.stage_index, self.step, self.spent_seconds = 0, 0, 0.0
+    def __init__(self, folder: Path, recipe: Recipe, team: Team) -> None:
+        self.path, self.recipe, self.team = folder / "state.pt", recipe, team
+        self.stage_index, self.step = 0, 0
+        self.cpu_seconds = self.spent_seconds = 0.0
         self.saved_at = time.process_time()
         self.is_new = not self.path.is_file()
         self._loaded: dict[str, Any] | None = None
         if not self.is_new:
             self._loaded = torch.load(self.path, weights_only=True)
             self.stage_index, self.step = self._loaded["stage_index"], self._loaded["step"]
-            self.spent_seconds = self._loaded["cpu_seconds"]
+            self.cpu_seconds = self.spent_seconds = self._loaded["cpu_seconds"]
+        team.wait()  # nobody writes before all have read
 
     def restore(
         self, stage_index: int, model: Ernie, head: nn.Module, optimizer: torch.optim.Optimizer
@@ -265,25 +311,31 @@ class RunState:
             optimizer.load_state_dict(self._loaded["optimizer"])
         self._loaded = None
 
-    def cpu_minutes(self) -> float:
+    def count_time(self) -> None:
+        """Processor time of all processes. Everybody must call it."""
         own, workers = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        used = own.ru_utime + own.ru_stime + workers.ru_utime + workers.ru_stime
-        return (self.spent_seconds + used) / 60
+        used = torch.tensor([own.ru_utime + own.ru_stime + workers.ru_utime + workers.ru_stime]).double()
+        self.team.add_up([used])
+        self.cpu_seconds = self.spent_seconds + float(used)
 
     def save_if_due(self, model: Ernie, head: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        if time.process_time() - self.saved_at >= self.recipe.checkpoint_seconds:
+        if self.team.rank == 0 and time.process_time() - self.saved_at >= self.recipe.checkpoint_seconds:
             self._save(model, head, optimizer.state_dict())
 
     def finish_stage(self, stage_index: int, model: Ernie, head: nn.Module) -> None:
         self.stage_index, self.step = stage_index + 1, 0
-        self._save(model, head, None)
-        torch.save(model.state_dict(), self.path.with_name(f"{self.recipe.stages[stage_index].name}.pt"))
+        self.count_time()
+        if self.team.rank == 0:
+            self._save(model, head, None)
+            name = self.recipe.stages[stage_index].name
+            torch.save(model.state_dict(), self.path.with_name(f"{name}.pt"))
+        self.team.wait()
 
     def _save(self, model: Ernie, head: nn.Module, optimizer: dict[str, Any] | None) -> None:
         fields = {
             "stage_index": self.stage_index,
             "step": self.step,
-            "cpu_seconds": self.cpu_minutes() * 60,
+            "cpu_seconds": self.cpu_seconds,
             "model": model.state_dict(),
             "head": head.state_dict(),
             "optimizer": optimizer,
@@ -296,24 +348,32 @@ class RunState:
 
 
 class BatchSource:
-    """Batches of a stage, made ahead in one other process."""
+    """This process's parts of a stage's steps, made ahead in one other process."""
 
-    def __init__(self, recipe: Recipe, stage: Stage, folder: Path, cache_folder: Path) -> None:
+    def __init__(self, recipe: Recipe, stage: Stage, folder: Path, cache_folder: Path, team: Team) -> None:
+        if stage.num_parts % team.size:
+            raise TrainingError(
+                f"{team.size} processes cannot share the {stage.num_parts} parts of a step of {stage.name!r}"
+            )
         self.recipe, self.stage, self.folder, self.cache_folder = recipe, stage, folder, cache_folder
+        self.parts = range(team.rank, stage.num_parts, team.size)
 
-    def batches(self, first_step: int) -> Iterator[tuple[int, Any]]:
+    def batches(self, first_step: int) -> Iterator[tuple[int, list[Any]]]:
         arguments = (self.recipe, self.stage, str(self.folder), str(self.cache_folder))
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as worker:
-            pending: list[Future[Any]] = []
+            pending: list[list[Future[Any]]] = []
             for step in range(first_step, self.stage.num_steps):
                 while len(pending) < AHEAD and step + len(pending) < self.stage.num_steps:
-                    pending.append(worker.submit(make_batch, *arguments, step + len(pending)))
-                yield step, pending.pop(0).result()
+                    ahead = step + len(pending)
+                    pending.append(
+                        [worker.submit(make_batch, *arguments, ahead, part) for part in self.parts]
+                    )
+                yield step, [future.result() for future in pending.pop(0)]
 
 
-def make_batch(recipe: Recipe, stage: Stage, folder: str, cache_folder: str, step: int) -> Any:
-    """The batch of one step: the same whenever and wherever it is made."""
-    rng = np.random.default_rng([recipe.seed, recipe.stages.index(stage), step])
+def make_batch(recipe: Recipe, stage: Stage, folder: str, cache_folder: str, step: int, part: int = 0) -> Any:
+    """One part of the batch of one step: the same whenever and wherever it is made."""
+    rng = np.random.default_rng([recipe.seed, recipe.stages.index(stage), step, *([part] if part else [])])
     pools = load_pools(Path(cache_folder), "train")
     if stage.is_dense:
         return vision_stage.cell_batch(rng, pools, stage, step / stage.num_steps)

@@ -82,6 +82,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     train: list[str] = []  # groups; empty: those of the stage
     lora: LoraSettings | None = None
     adapter: str = ""  # an adapter's folder to go on from
+    optimizer: Literal["adamw", "muon"] = "adamw"
     rate: float = 1e-4
     rates: dict[str, float] = {}
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

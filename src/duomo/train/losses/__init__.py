@@ -10,7 +10,7 @@ from duomo.train.losses.router import (
     orthogonality_loss,
     orthogonality_step,
     router_z_loss,
-    update_bias,
+    usage_of,
 )
 from duomo.train.losses.tokens import sequence_log_probs, summed_token_loss, token_balanced_loss, token_loss
 
@@ -26,5 +26,5 @@ __all__ = [
     "summed_token_loss",
     "token_balanced_loss",
     "token_loss",
-    "update_bias",
+    "usage_of",
 ]

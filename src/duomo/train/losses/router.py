@@ -46,13 +46,15 @@ def orthogonality_step(router: Router, rate: float) -> None:
 
 @torch.no_grad()
 def nudge_bias(router: Router, usage_E: Tensor, rate: float) -> None:
-    """Raises the bias of experts used less than the mean and lowers that of the others, by one step."""
+    """Raises the bias of experts used less than the mean and lowers that of the others, by one step.
+
+    Biases keep a mean of zero: only their differences choose, and a common drift would cost their precision.
+    """
     usage_E = usage_E.to(router.bias.device)
     router.bias.add_(torch.sign(usage_E.mean() - usage_E), alpha=rate)
+    router.bias.sub_(router.bias.mean())
 
 
-def update_bias(seen: list[tuple[Router, Routing]], rate: float) -> None:
-    """`nudge_bias` by what one pass routed."""
-    for router, routing in seen:
-        usage_E = torch.bincount(routing.expert_ids_TK.flatten(), minlength=router.bias.numel()).float()
-        nudge_bias(router, usage_E, rate)
+def usage_of(router: Router, routing: Routing) -> Tensor:
+    """[E]: how often one pass chose each expert."""
+    return torch.bincount(routing.expert_ids_TK.flatten(), minlength=router.bias.numel()).float()
