@@ -1,5 +1,7 @@
 """Paired differences: what two checkpoints answer differently, and how sure that is."""
 
+import math
+
 import pytest
 
 from duomo.evals.kept import KeptAnswers
@@ -11,14 +13,16 @@ def test_only_questions_answered_differently_count():
     first, second = [True] * 90 + [False] * 10, [True] * 87 + [False] * 3 + [True] * 2 + [False] * 8
     row = difference(first, second)
     assert (row["num"], row["lost"], row["gained"], row["points"]) == (100, 3, 2, -1.0)
-    # Five differences in a hundred: the standard error is sqrt((5 - 100 * 0.01^2) / 99 / 100) = 2.246 points.
-    assert row["low"] == pytest.approx(-1 - 1.96 * 2.246, abs=0.01)
-    assert row["high"] == pytest.approx(-1 + 1.96 * 2.246, abs=0.01)
+    # One more of each: (4 + 3) / 102 differ, -1 / 102 in the middle;
+    # sqrt((7/102 - (1/102)^2) / 102) = 2.592 points.
+    assert row["low"] == pytest.approx(-100 / 102 - 1.96 * 2.592, abs=0.01)
+    assert row["high"] == pytest.approx(-100 / 102 + 1.96 * 2.592, abs=0.01)
 
 
-def test_equal_answers_leave_no_doubt():
-    row = difference([True, False, True], [True, False, True])
-    assert row["points"] == row["low"] == row["high"] == 0
+def test_equal_answers_to_a_few_questions_leave_doubt():
+    row = difference([True] * 20, [True] * 20)
+    assert row["points"] == 0 and verdict(row) == "open"
+    assert row["low"] == pytest.approx(-100 * 1.96 * math.sqrt(2 / 22 / 22), abs=0.01) == -row["high"]
 
 
 def test_a_family_is_the_sum_of_its_kinds():
@@ -38,7 +42,13 @@ def test_an_answer_is_judged_as_its_kind_is():
 
 @pytest.mark.parametrize(
     ("lost", "gained", "num", "said"),
-    [(0, 0, 100, "within"), (30, 20, 1000, "open"), (60, 2, 1000, "lost more"), (12, 10, 4000, "within")],
+    [
+        (0, 0, 400, "within"),
+        (0, 0, 100, "open"),
+        (30, 20, 1000, "open"),
+        (60, 2, 1000, "lost more"),
+        (12, 10, 4000, "within"),
+    ],
 )
 def test_only_an_interval_above_minus_one_point_is_within(lost, gained, num, said):
     first = [True] * lost + [False] * (num - lost)

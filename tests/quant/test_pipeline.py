@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -133,6 +134,9 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(done, source, tmp_path)
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert [process.stdout.readline() for _ in range(3)] == ["0\n", "1\n", "2\n"]
     time.sleep(0.01)  # into the next layer
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(ConfigError, match="is being written by another run"):
+        quantize(source, target, "2", prompts())
     process.kill()
     process.wait()
     assert (target / ".quantize").exists()

@@ -3,8 +3,9 @@
 Both answer every question greedily; a question counts where exactly one of them is right. The difference of
 two shares measured so has a far smaller error than either share, which is what "within one point" needs.
 Questions come in blocks drawn from all kinds alike, so what is known after any block is an honest sample,
-and a run taken up again reads the answers it has (`evals.kept`). Intervals are 95 %, by the normal law of the
-mean of n differences in {-1, 0, 1}.
+and a run taken up again reads the answers it has (`evals.kept`). Intervals are 95 %, by
+Bonett and Price (2012): the normal law with one question more of each disagreement, so that no difference in a
+few questions is no certainty.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def difference(first: Sequence[bool], second: Sequence[bool]) -> Row:
     """Shares right, and second minus first in points with its interval."""
     num = len(first)
     steps = [int(b) - int(a) for a, b in zip(first, second, strict=True)]
-    mean = sum(steps) / num
-    variance = sum((step - mean) ** 2 for step in steps) / max(num - 1, 1)
-    half = 1.96 * math.sqrt(variance / num)
+    lost, gained = ((1 + sum(step == sign for step in steps)) / (num + 2) for sign in (-1, 1))
+    mean, middle = sum(steps) / num, gained - lost
+    half = 1.96 * math.sqrt((gained + lost - middle**2) / (num + 2))
     return {
         "num": num,
         "first": round(100 * sum(first) / num, 2),
@@ -50,8 +51,8 @@ def difference(first: Sequence[bool], second: Sequence[bool]) -> Row:
         "lost": sum(step < 0 for step in steps),
         "gained": sum(step > 0 for step in steps),
         "points": round(100 * mean, 2),
-        "low": round(100 * (mean - half), 2),
-        "high": round(100 * (mean + half), 2),
+        "low": round(100 * max(middle - half, -1.0), 2),
+        "high": round(100 * min(middle + half, 1.0), 2),
     }
 
 

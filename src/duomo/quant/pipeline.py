@@ -9,6 +9,7 @@ layer begins, so a run killed at any point goes on from the last whole layer and
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -115,6 +116,7 @@ class _Run:
         self.calibration, self.num_threads, self.progress = calibration, num_threads, progress
         self.budget_bytes, self.is_tuned = budget_bytes, is_tuned
         self.work = target / WORK
+        self._lock: TextIO | None = None
         self.started, self.pieces_here = time.monotonic(), 0
         self.total = len(stream.config.expert_layers) + 2
 
@@ -133,6 +135,9 @@ class _Run:
                 raise
             assert isinstance(error, OSError)
             raise CheckpointError(f"{place} cannot be used: {error.strerror}") from error
+        finally:
+            if self._lock is not None:
+                self._lock.close()
 
     def _go(self) -> dict[str, Any]:
         self._check_target()
@@ -194,8 +199,15 @@ class _Run:
                 raise CheckpointError(f"{piece} is not as the unfinished run left it; give a new folder")
 
     def _claim(self) -> None:
-        """Marks the folder as this run's."""
+        """Marks the folder as this run's. ConfigError while another process writes there."""
         self.work.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.work / "lock").open("w")  # falls with the process, however that ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{self.target} is being written by another run; let it end, or give a new folder"
+            ) from error
         _write_text(self.work / "run.json", json.dumps(self._settings(), sort_keys=True))
 
     def _sensitivities(self) -> dict[str, float]:
