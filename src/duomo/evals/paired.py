@@ -4,8 +4,8 @@ Both answer every question greedily; a question counts where exactly one of them
 two shares measured so has a far smaller error than either share, which is what "within one point" needs.
 Questions come in blocks drawn from all kinds alike, so what is known after any block is an honest sample,
 and a run taken up again reads the answers it has (`evals.kept`). Intervals are 95 %, by
-Bonett and Price (2012): the normal law with one question more of each disagreement, so that no difference in a
-few questions is no certainty.
+Bonett and Price (2012): the normal law with one question more of each disagreement, so that no difference in
+a few questions is no certainty.
 """
 
 from __future__ import annotations
