@@ -16,9 +16,8 @@ from duomo.errors import TrainingError
 from duomo.train import run
 from duomo.train.loop import Run, finetune
 from duomo.train.muon import Muon, is_wide, orthogonal
-from duomo.train.processes import check, run_in
+from duomo.train.processes import run_in
 from duomo.train.recipe import Recipe
-from duomo.train.settings import read_settings
 from tests.conftest import made_up_pools
 
 
@@ -101,12 +100,6 @@ def test_a_recipe_takes_it_and_goes_on_to_the_bit(
     parts, begun = go("parts"), load_model(checkpoint).state_dict()
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
     assert sum(is_wide(tensor) and not torch.equal(tensor, begun[name]) for name, tensor in whole.items()) > 8
-
-
-def test_several_processes_are_refused(checkpoint: Path, text_rows: Path) -> None:
-    fields = {"stage": "sft", "data": [str(text_rows)], "output": "run", "optimizer": "muon"}
-    with pytest.raises(TrainingError, match="muon needs whole matrices, so it trains in one process; 2 were"):
-        check(read_settings(fields).settings, 2)
 
 
 def short_recipe() -> Recipe:

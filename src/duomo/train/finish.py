@@ -19,17 +19,22 @@ _NOT_COPIED = ("config.json", "SHA256SUMS", "README.md", "report.md", "model.saf
 
 def write_result(settings: Settings, trained: Trained, processes: Processes) -> Path:
     """Returns the folder: `adapter` or `checkpoint` in the run's. Of several processes the first writes."""
-    if processes.size > 1:
+    if processes.is_parted:
         return _write_whole(settings, trained, processes)
+    folder = settings.folder / ("checkpoint" if trained.plan is None else "adapter")
+    if processes.rank == 0:
+        _write(settings, trained, folder)
+    processes.wait()
+    return folder
+
+
+def _write(settings: Settings, trained: Trained, folder: Path) -> None:
     if trained.plan is not None:
-        folder = settings.folder / "adapter"
         save_adapter(trained.model, trained.plan, folder, str(trained.folder))
-        return folder
-    folder = settings.folder / "checkpoint"
+        return
     dtype = torch.bfloat16 if settings.save_dtype == "bfloat16" else torch.float32
     save_model(trained.model, folder, dtype)
     copy_companions(trained.folder, folder)
-    return folder
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,6 +32,9 @@ from duomo.train.rewards import reward_named
 from duomo.train.routing import RouterWatch, Usage
 from duomo.train.samples import Renderer, Sample, Samples
 from duomo.train.settings import Settings
+
+if TYPE_CHECKING:
+    from duomo.train.processes import Processes
 
 PAGE_SIZE = 16
 
@@ -56,10 +61,11 @@ class Rollouts:
         settings: Settings,
         usage: Usage,
         watch: RouterWatch,
+        processes: Processes,
         renderer: Renderer,
     ) -> None:
         self.model, self.samples, self.settings = model, samples, settings
-        self.usage, self.watch, self.renderer = usage, watch, renderer
+        self.usage, self.watch, self.processes, self.renderer = usage, watch, processes, renderer
         self.reward = reward_named(settings.grpo.reward)
         self.reference = copy.deepcopy(model).requires_grad_(False) if settings.grpo.kl else None
         self.engine = self._build_engine()
@@ -68,24 +74,30 @@ class Rollouts:
     def step(self, packs: Sequence[Sequence[int]]) -> StepReport:
         asked = self.settings.grpo
         questions = [index for pack in packs for index in pack]
-        groups = [self._judge(group) for group in self._draw(questions)]
+        drawn_here = [self._judge(group) for group in self._draw(questions)]
+        groups = _interleaved(self.processes.gather(drawn_here))
         answers = [drawn for group in groups for drawn in group]
-        report = StepReport(num_judged=len(answers), num_right=sum(d.reward >= 1 for d in answers))
-        report.values["true_reward"] = sum(drawn.reward for drawn in answers) / len(answers)
+        report = StepReport()
+        true_reward = sum(drawn.reward for drawn in answers) / len(answers)
+        num_right = sum(drawn.reward >= 1 for drawn in answers)
         if asked.shuffled:
             self._shuffle(answers)
         for group in groups:
             _compare(group)
-        report.values["answer_tokens"] = sum(len(drawn.ids) for drawn in answers) / len(answers)
         told = [drawn for drawn in answers if drawn.advantage]
-        report.values["groups_that_differ"] = len({drawn.index for drawn in told}) / len(set(questions))
+        if self.processes.rank == 0:  # what all know is told once
+            report.num_judged, report.num_right = len(answers), num_right
+            report.values["true_reward"] = true_reward
+            report.values["answer_tokens"] = sum(len(drawn.ids) for drawn in answers) / len(answers)
+            report.values["groups_that_differ"] = len({d.index for d in told}) / len(set(questions))
         self._learn(told, report)
         return report
 
     def _learn(self, answers: list[Drawn], report: StepReport) -> None:
-        """The gradient of the step, in passes of at most `max_tokens`."""
+        """The gradient of the step, in passes of at most `max_tokens`, which processes share."""
         total = sum(len(drawn.ids) for drawn in answers)
-        for part in self._parts(answers):
+        gap = 0.0
+        for part in self._parts(answers)[self.processes.own]:
             prompts, labels = [], []
             for drawn in part:
                 prompt, wanted = _continued(self.samples[drawn.index], drawn.ids)
@@ -104,13 +116,14 @@ class Rollouts:
                 loss = loss + self.settings.grpo.kl * divergence
             share = len(part) / len(answers)
             loss = loss + take_routers(self.watch, self.usage, self.settings, report, 1) * share
-            loss.backward()
+            (loss * self.processes.size).backward()
             report.loss += float(loss.detach())
             report.num_tokens += output.num_tokens
             report.num_supervised += len(now_L)
-            report.values["drawn_gap"] = max(
-                report.values["drawn_gap"], float((now_L.detach() - drawn_L).abs().max())
-            )
+            gap = max(gap, float((now_L.detach() - drawn_L).abs().max()))
+        gap = max(self.processes.gather(gap))
+        if self.processes.rank == 0 and answers:
+            report.values["drawn_gap"] = gap
 
     def _parts(self, answers: list[Drawn]) -> list[list[Drawn]]:
         parts: list[list[Drawn]] = []
@@ -127,21 +140,23 @@ class Rollouts:
     # ---- drawing ----
 
     def _draw(self, questions: Sequence[int]) -> list[list[Drawn]]:
-        """`group_size` answers to each question, in one run of the engine."""
+        """`group_size` answers to each question that is this process's, in one run of the engine."""
         asked, step = self.settings.grpo, self.num_done
         self.num_done += 1
         self.engine.reset_caches()  # they are of the weights before the last step
         rng = np.random.default_rng([self.settings.seed, 7919, step])
         requests, owners = [], []
-        for place, index in enumerate(questions):
+        seeds = rng.integers(1 << 62, size=(len(questions), asked.group_size)).tolist()
+        mine = list(zip(questions, seeds, strict=True))[self.processes.own]
+        for place, (index, seeds_of_question) in enumerate(mine):
             prompt, is_thinking = _question(self.samples[index])
-            for number in range(asked.group_size):
+            for number, seed in enumerate(seeds_of_question):
                 params = SamplingParams(
                     max_tokens=asked.max_new_tokens,
                     temperature=asked.temperature,
                     top_p=1.0,
                     logprobs=0,
-                    seed=int(rng.integers(1 << 62)),
+                    seed=seed,
                     thinking="on" if is_thinking else "off",
                 )
                 name = f"{step}/{place}/{number}"
@@ -150,7 +165,7 @@ class Rollouts:
                 )
                 owners.append((place, index))
         outputs = run_all(self.engine, requests)
-        groups: list[list[Drawn]] = [[] for _ in questions]
+        groups: list[list[Drawn]] = [[] for _ in mine]
         for request, (place, index) in zip(requests, owners, strict=True):
             found = outputs[request.request_id]
             if found[-1].finish_reason == "error":
@@ -192,6 +207,11 @@ class Rollouts:
             max_step_tokens=max(512, most),
             max_model_tokens=most + 1,
         )
+
+
+def _interleaved(by_process: list[list[list[Drawn]]]) -> list[list[Drawn]]:
+    """Groups in the order of their questions, of which each process took every n-th."""
+    return [group for row in zip_longest(*by_process) for group in row if group is not None]
 
 
 def surrogate(now_L: Tensor, drawn_L: Tensor, gain_L: Tensor, clip: float) -> Tensor:

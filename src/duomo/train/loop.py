@@ -144,14 +144,14 @@ class Run:
 
     def _objective(self) -> Objective:
         settings = self.settings
-        common = (self.model, self.samples, settings, self.usage, self.watch)
+        common = (self.model, self.samples, settings, self.usage, self.watch, self.processes)
         if settings.stage == "dpo":
             return Preferences(*common, settings.folder / "reference.pt")
         if settings.stage == "grpo":
             rollouts = Rollouts(*common, self.trained.renderer)
             rollouts.num_done = self.first_step
             return rollouts
-        return Answers(*common, self.processes.rank, self.processes.size)
+        return Answers(*common)
 
 
 def check_rows_fit(samples: Samples, settings: Settings) -> None:

@@ -1,7 +1,8 @@
 """What a step minimises: answers (text, vision, joint, thinking, sft) or preferences (dpo and its relatives).
 
 An objective takes the packs of one step, leaves gradients on the parameters, and says what it saw. Packs of
-a step add up exactly: the mean is over all labels of the step, not over means of packs.
+a step add up exactly: the mean is over all labels of the step, not over means of packs. Of several processes
+each takes every n-th pack, n-fold since the mean of gradients is taken, and reports what it saw itself.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from duomo.train.losses.preference import Settings as PreferenceNumbers
 from duomo.train.routing import RouterWatch, Usage, router_terms
 from duomo.train.samples import Sample, Samples
 from duomo.train.settings import Settings
+
+if TYPE_CHECKING:
+    from duomo.train.processes import Processes
 
 
 @dataclass(slots=True)
@@ -53,24 +57,21 @@ class Answers:
         settings: Settings,
         usage: Usage,
         watch: RouterWatch,
-        rank: int = 0,
-        num_processes: int = 1,
+        processes: Processes,
     ):
         self.model, self.samples, self.settings = model, samples, settings
-        self.usage, self.watch = usage, watch
-        self.rank, self.num_processes = rank, num_processes
+        self.usage, self.watch, self.processes = usage, watch, processes
 
     def step(self, packs: Sequence[Sequence[int]]) -> StepReport:
-        """Of several processes each takes every n-th pack and reports what it saw of them."""
         settings, report = self.settings, StepReport()
         supervised = sum(self.samples.supervised[index] for pack in packs for index in pack)
         divisor = settings.max_tokens * len(packs) if settings.losses.token_balanced else max(1, supervised)
-        for pack in packs[self.rank :: self.num_processes]:
+        for pack in packs[self.processes.own]:
             chosen = [self.samples[index] for index in pack]
             output = self._forward(chosen)
             summed = losses.summed_token_loss(output.logits_LV, output.labels_L)
             total = summed / divisor + self._routers(report, len(packs))
-            (total * self.num_processes).backward()  # of whose gradients the mean is taken
+            (total * self.processes.size).backward()
             report.loss += float(summed.detach()) / max(1, supervised)
             _count(report, output)
         return report
@@ -78,7 +79,7 @@ class Answers:
     def _forward(self, chosen: Sequence[Sample]) -> PackOutput:
         prompts, labels = [s.prompt for s in chosen], [s.labels for s in chosen]
         return run_pack(
-            self.model, prompts, labels, self.settings.dtype == "bfloat16", self.num_processes > 1
+            self.model, prompts, labels, self.settings.dtype == "bfloat16", self.processes.is_parted
         )
 
     def _routers(self, report: StepReport, num_packs: int) -> Tensor:
@@ -95,10 +96,11 @@ class Preferences:
         settings: Settings,
         usage: Usage,
         watch: RouterWatch,
+        processes: Processes,
         reference_file: Path,
     ) -> None:
         self.model, self.samples, self.settings = model, samples, settings
-        self.usage, self.watch = usage, watch
+        self.usage, self.watch, self.processes = usage, watch, processes
         asked = settings.preference
         self.numbers = PreferenceNumbers(
             asked.beta, asked.label_smoothing, asked.simpo_gamma, asked.dpop_weight
@@ -110,7 +112,7 @@ class Preferences:
     def step(self, packs: Sequence[Sequence[int]]) -> StepReport:
         asked, report = self.settings.preference, StepReport()
         num_pairs = sum(len(pack) for pack in packs)
-        for pack in packs:
+        for pack in packs[self.processes.own]:
             output, pairs = self._pairs(pack)
             value = losses.preference_loss(asked.loss, pairs, self.numbers)
             share = len(pack) / num_pairs
@@ -119,7 +121,7 @@ class Preferences:
                 answer = -(pairs.chosen / pairs.chosen_length).mean() * share
                 total = total + asked.answer_weight * answer
             total = total + take_routers(self.watch, self.usage, self.settings, report, len(packs))
-            total.backward()
+            (total * self.processes.size).backward()
             report.loss += float(value.detach()) * share
             margin = pairs.margin().detach()
             report.values["margin"] += float(margin.mean()) * share
@@ -150,14 +152,16 @@ class Preferences:
         if file.is_file():
             found: Tensor = torch.load(file, weights_only=True)
             return found
-        made = torch.cat([torch.stack(self._sums(index)) for index in range(len(self.samples))])
-        made = made.reshape(len(self.samples), 2)
-        torch.save(made, file)
+        own = {index: self._sums(index) for index in range(len(self.samples))[self.processes.own]}
+        sums = {index: pair for part in self.processes.gather(own) for index, pair in part.items()}
+        made = torch.tensor([sums[index] for index in range(len(self.samples))]).reshape(-1, 2)
+        if self.processes.rank == 0:
+            torch.save(made, file)
         return made
 
-    def _sums(self, index: int) -> tuple[Tensor, Tensor]:
+    def _sums(self, index: int) -> tuple[float, float]:
         _, pairs = self._pairs([index])
-        return pairs.chosen[0].cpu(), pairs.rejected[0].cpu()
+        return float(pairs.chosen[0]), float(pairs.rejected[0])
 
 
 def take_routers(

@@ -153,13 +153,14 @@ def fill_gradients(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def average_routers(model: nn.Module) -> None:
-    """Gradients of routers, which FSDP does not see, averaged over processes as it does with the others."""
-    for parameter in router_parameters(model):
-        if parameter.requires_grad:
-            assert parameter.grad is not None, "filled before"
-            dist.all_reduce(parameter.grad)
-            parameter.grad.div_(dist.get_world_size())
+def average(parameters: Iterable[nn.Parameter]) -> None:
+    """Gradients of parameters that are whole in every process, as FSDP averages those of the parted ones."""
+    grads = [p.grad for p in parameters if p.requires_grad and p.grad is not None]
+    flat = torch.cat([grad.reshape(-1) for grad in grads]) if grads else torch.zeros(0)
+    dist.all_reduce(flat)
+    flat.div_(dist.get_world_size())
+    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
 
 
 @torch.no_grad()

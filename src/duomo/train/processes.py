@@ -1,7 +1,9 @@
 """The processes of a run: how they start, what they add up, and how state is put together and parted.
 
-The loop is written for one process; `Processes` is what it asks where there may be more. A saved state is
-always whole, in the layout of one process, so a run may go on in any number of them. Started by
+The loop is written for one process; `Processes` is what it asks where there may be more. Where the weights
+are what is large, each process holds a part of them (`train.parallel`). Adapters, preferences, rewards and
+Muon need whole ones: there every process has all, takes its share of a step's packs, and gradients are
+averaged. A saved state is always whole, so a run may go on in any number of processes. Started by
 `duomo train --processes N` on one machine, or by `torchrun -m duomo train ...` on several.
 """
 
@@ -23,22 +25,38 @@ from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from duomo.errors import Error, TrainingError
 from duomo.train.objectives import StepReport
-from duomo.train.parallel import PlacedParameter, average_routers, clip_, distribute, fill_gradients
+from duomo.train.parallel import (
+    PlacedParameter,
+    average,
+    clip_,
+    distribute,
+    fill_gradients,
+    router_parameters,
+)
 from duomo.train.routing import Usage
 from duomo.train.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """One process unless `mesh` says otherwise."""
+    """One process unless `size` says otherwise; `mesh` where the weights are parted among them."""
 
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
 
+    @property
+    def own(self) -> slice:
+        """Which of a step's packs this process takes."""
+        return slice(self.rank, None, self.size)
+
+    @property
+    def is_parted(self) -> bool:
+        return self.mesh is not None
+
     @classmethod
     def join(cls, settings: Settings) -> Processes:
-        """The processes this one was started among. TrainingError for a recipe that needs a single one."""
+        """The processes this one was started among. TrainingError for a recipe that they cannot share."""
         if not dist.is_initialized():
             if not dist.is_torchelastic_launched():
                 return cls()
@@ -47,7 +65,10 @@ class Processes:
         if size == 1:
             return cls()
         check(settings, size)
-        return cls(dist.get_rank(), size, init_device_mesh(settings.device.partition(":")[0], (size,)))
+        rank = dist.get_rank()
+        if needs_whole(settings):
+            return cls(rank, size)
+        return cls(rank, size, init_device_mesh(settings.device.partition(":")[0], (size,)))
 
     def place(self, model: Any) -> None:
         if self.mesh is not None:
@@ -55,14 +76,12 @@ class Processes:
 
     def add_up(self, report: StepReport, usage: Usage) -> StepReport:
         """A step's report and expert usage over all processes, on each."""
-        if self.mesh is None:
+        if self.size == 1:
             return report
         for counts in usage.counts.values():
             dist.all_reduce(counts)
-        reports: list[Any] = [None] * self.size
-        dist.all_gather_object(reports, report)
         total = StepReport()
-        for one in reports:
+        for one in self.gather(report):
             for name in ("loss", "num_tokens", "num_supervised", "num_right", "num_judged"):
                 setattr(total, name, getattr(total, name) + getattr(one, name))
             for name, value in one.values.items():
@@ -72,9 +91,19 @@ class Processes:
     def clip(self, model: nn.Module, most: float) -> float:
         """Completes the gradients of a step and clips them by their common norm; returns the norm before."""
         fill_gradients(model)
-        if self.mesh is not None:
-            average_routers(model)
-        return clip_(model, most, is_shared=self.mesh is not None)
+        if self.is_parted:
+            average(router_parameters(model))
+        elif self.size > 1:
+            average(model.parameters())
+        return clip_(model, most, self.is_parted)
+
+    def gather(self, own: Any) -> list[Any]:
+        """`own` of every process, in their order. Everybody must call it."""
+        if self.size == 1:
+            return [own]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, own)
+        return found
 
     def whole(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
         """`value`, shaped like `parameter` or like its part here, put together. Everybody must call it."""
@@ -96,17 +125,17 @@ class Processes:
         return value
 
     def wait(self) -> None:
-        if self.mesh is not None:
+        if self.size > 1:
             dist.barrier()
+
+
+def needs_whole(settings: Settings) -> bool:
+    """Does every process need the whole model? What trains is small, or answers are drawn, or moved whole."""
+    return settings.lora is not None or settings.stage in ("dpo", "grpo") or settings.optimizer == "muon"
 
 
 def check(settings: Settings, size: int) -> None:
     """TrainingError unless this recipe can run in `size` processes."""
-    if settings.stage in ("dpo", "grpo") or settings.lora is not None:
-        what = "an adapter" if settings.lora is not None else settings.stage
-        raise TrainingError(f"{what} trains in one process; {size} were started")
-    if settings.optimizer == "muon":
-        raise TrainingError(f"muon needs whole matrices, so it trains in one process; {size} were started")
     if settings.packs_per_step % size:
         raise TrainingError(
             f"{size} processes share the packs of a step evenly; packs_per_step={settings.packs_per_step} "
