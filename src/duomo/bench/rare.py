@@ -5,8 +5,8 @@ expert's matrix is judged for itself: by the share of its outputs' energy that r
 that chose it out of some thousand unseen prompts. The embedded model's routed experts are quantized from few
 and from more calibration prompts, in these ways:
 
-    shrunk    as the pipeline does: each expert's second moments drawn toward its layer's by how few it heard
-    less      the same, but an expert is believed sooner
+    shrunk    each expert's second moments drawn toward its layer's by how few it heard, strongly
+    less      the same, but an expert is believed sooner: as the pipeline does
     own       each by what it heard itself
     layer     each by what its whole layer heard
 
@@ -62,10 +62,10 @@ def pooled(grams: BankGrams, part: str) -> list[Tensor]:
 
 
 WAYS: dict[str, tuple[Callable[[BankGrams, str], list[Tensor]], bool]] = {
-    "shrunk, near": (bank_hessians, True),
-    "less, near": (partial(bank_hessians, trust=6.0), True),
+    "shrunk, near": (partial(bank_hessians, trust=1.4), True),
+    "less, near": (bank_hessians, True),
     "own, near": (own, True),
-    "shrunk": (bank_hessians, False),
+    "shrunk": (partial(bank_hessians, trust=1.4), False),
     "own": (own, False),
     "layer": (pooled, False),
 }
