@@ -71,7 +71,7 @@ WAYS: dict[str, tuple[Callable[[BankGrams, str], list[Tensor]], bool]] = {
 }
 
 
-PIPELINE, CHOSEN = "shrunk, near", "{}, chosen"
+STRONGLY, CHOSEN = "shrunk, near", "{}, chosen"
 
 
 @torch.inference_mode()
@@ -137,7 +137,7 @@ class Bench:
                 ]
             chosen = choose_damping(weights, hessians, held_hessians(held, part), LCC2_12, seed)
             rows[CHOSEN.format(way)][name] = rows[f"{way}, {chosen}"][name]
-        return rows if way == PIPELINE else {CHOSEN.format(way): rows[CHOSEN.format(way)]}
+        return rows if way == STRONGLY else {CHOSEN.format(way): rows[CHOSEN.format(way)]}
 
 
 def compare(

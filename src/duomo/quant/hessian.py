@@ -2,8 +2,8 @@
 
 A Hessian here is the Gram matrix X^T X of what a linear map reads: the error of its outputs is tr(E H E^T).
 Worth knowing: an expert seen by n tokens has a Hessian of rank n, and feedback fitted to it does harm on
-other tokens. Borrowing helps an expert that few tokens chose: of tokens that almost chose it, and a little of its layer's
-Hessian. More of the latter does harm on the embedded model (docs/quantization-study.md).
+other tokens. Borrowing helps an expert that few tokens chose: of tokens that almost chose it, and a little of
+its layer's Hessian. More of the latter does harm on the embedded model (docs/quantization-study.md).
 """
 
 from __future__ import annotations
