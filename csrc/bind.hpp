@@ -1,4 +1,4 @@
-// What the bind_*.cpp share: arrays that come from Python, addresses of activations, and int8 matrices that keep the
+// What the bind_*.cpp share: arrays that come from Python, addresses of activations, and matrices that keep the
 // arrays they point into alive.
 #pragma once
 
@@ -27,9 +27,9 @@ struct Trellis {
 };
 
 struct Integers {
-    Array<int8_t> codes;
+    Array<uint8_t> codes;
     Array<uint16_t> row_scale;
-    Int8Rows rows;
+    IntRows rows;
 };
 
 }  // namespace duomo

@@ -45,12 +45,15 @@ void make_trellis(Trellis* self, int bits, Array<uint8_t> code_columns, Array<in
     new (self) Trellis{codes, row_scale, std::move(bank)};
 }
 
-void make_integers(Integers* self, Array<int8_t> codes, Array<uint16_t> row_scale, int block, Array<float> signs) {
-    if (codes.ndim() != 2 || row_scale.size() != codes.shape(0)) throw nb::value_error("levels [N, K] and scales [N]");
-    const int64_t rows = int64_t(codes.shape(0)), columns = int64_t(codes.shape(1));
+void make_integers(Integers* self, Array<uint8_t> codes, Array<uint16_t> row_scale, int bits, int block,
+                   Array<float> signs) {
+    if (bits != 6 && bits != 8) throw nb::value_error("integers have 6 or 8 bits");
+    if (codes.ndim() != 2 || row_scale.size() != codes.shape(0))
+        throw nb::value_error("codes [N, K * bits / 8] and scales [N]");
+    const int64_t rows = int64_t(codes.shape(0)), columns = int64_t(codes.shape(1)) * 8 / bits;
     check_block(columns, block);
-    new (self) Integers{codes, row_scale,
-                        {{codes.data(), row_scale.data(), rows, columns, block}, copied(signs, columns)}};
+    const IntMatrix matrix = {codes.data(), row_scale.data(), rows, columns, block, bits};
+    new (self) Integers{codes, row_scale, {matrix, copied(signs, columns)}};
 }
 
 void trellis_linear(const Trellis& self, int64_t expert, Address x, int64_t tokens, Address y) {
@@ -65,7 +68,7 @@ void trellis_linear(const Trellis& self, int64_t expert, Address x, int64_t toke
 void integers_linear(const Integers& self, Address x, int64_t tokens, Address y) {
     nb::gil_scoped_release release;
     static thread_local ActivationBuffer buffer;
-    const Int8Matrix& matrix = self.rows.matrix;
+    const IntMatrix& matrix = self.rows.matrix;
     linear(matrix, buffer.fill(at<float>(x), self.rows.signs_or_null(), tokens, matrix.columns, matrix.block),
            at<float>(y));
 }
@@ -167,7 +170,8 @@ void bind_kernels(nb::module_& m) {
              nb::arg("codes"), nb::arg("row_scale"), nb::arg("count"), nb::arg("rows"), nb::arg("columns"),
              nb::arg("chain"), nb::arg("block"), nb::arg("signs"))
         .def("linear", &trellis_linear, nb::arg("expert"), nb::arg("x"), nb::arg("tokens"), nb::arg("y"));
-    nb::class_<Integers>(m, "Integers", "An int8 matrix with one scale a row.")
-        .def("__init__", &make_integers, nb::arg("levels"), nb::arg("row_scale"), nb::arg("block"), nb::arg("signs"))
+    nb::class_<Integers>(m, "Integers", "A matrix of 8- or 6-bit integers with one scale a row.")
+        .def("__init__", &make_integers, nb::arg("codes"), nb::arg("row_scale"), nb::arg("bits"), nb::arg("block"),
+             nb::arg("signs"))
         .def("linear", &integers_linear, nb::arg("x"), nb::arg("tokens"), nb::arg("y"));
 }

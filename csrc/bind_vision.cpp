@@ -22,7 +22,7 @@ struct Norm {
 };
 
 VisionLinear view(const Integers& layer, const Array<float>& bias, int64_t rows, int64_t columns) {
-    const Int8Matrix& matrix = layer.rows.matrix;
+    const IntMatrix& matrix = layer.rows.matrix;
     if (matrix.rows != rows || matrix.columns != columns || int64_t(bias.size()) != rows || rows % 16)
         throw nb::value_error("the block's matrices and biases do not fit one another");
     return {&layer.rows, bias.data()};

@@ -29,8 +29,8 @@ struct TrellisBank {
     const float* signs_or_null() const { return signs.empty() ? nullptr : signs.data(); }
 };
 
-struct Int8Rows {
-    Int8Matrix matrix;
+struct IntRows {
+    IntMatrix matrix;
     std::vector<float> signs;
     const float* signs_or_null() const { return signs.empty() ? nullptr : signs.data(); }
 };

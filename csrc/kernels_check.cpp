@@ -6,6 +6,7 @@
 //   qemu-aarch64 ./check
 //
 // Python's tests compare with the reference; this one finds reads and writes outside, and knows no Python.
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -139,15 +140,19 @@ Results run_all(const char* isa) {
                     }
     for (int64_t rows : {1, 16, 77})
         for (int64_t tokens : {0, 1, 7, 29}) {
-            std::unique_ptr<int8_t[]> codes(new int8_t[size_t(rows * 48)]);
-            for (int64_t i = 0; i < rows * 48; ++i) codes[size_t(i)] = int8_t(int(random_bits() % 255) - 127);
-            const std::vector<uint16_t> scale(size_t(rows), 0x2C00);
-            const auto x = random_rows(tokens * 48);
-            ActivationBuffer buffer;
-            std::vector<float> y(size_t(tokens * rows));
-            linear(Int8Matrix{codes.get(), scale.data(), rows, 48, 16}, buffer.fill(x.data(), nullptr, tokens, 48, 16),
-                   y.data());
-            results.add(y);
+            for (const auto& [bits, columns, block] : {std::array{8, 48, 16}, {8, 192, 64}, {8, 256, 128}, {6, 48, 16},
+                                                       {6, 96, 32}, {6, 192, 64}, {6, 384, 128}}) {
+                const size_t bytes = size_t(rows * columns * bits / 8);
+                std::unique_ptr<uint8_t[]> codes(new uint8_t[bytes]);
+                for (size_t i = 0; i < bytes; ++i) codes[i] = uint8_t(random_bits() % 255 - 127);  // never -128
+                const std::vector<uint16_t> scale(size_t(rows), 0x2C00);
+                const auto x = random_rows(tokens * columns);
+                ActivationBuffer buffer;
+                std::vector<float> y(size_t(tokens * rows));
+                linear(IntMatrix{codes.get(), scale.data(), rows, columns, block, bits},
+                       buffer.fill(x.data(), nullptr, tokens, columns, block), y.data());
+                results.add(y);
+            }
         }
     const TrellisCode code = random_code(2, 12, 64);
     const OwnedBank gate_up = random_bank(code, 3, 128, 64, 1, 64), down = random_bank(code, 3, 64, 64, 1, 64);
@@ -179,11 +184,11 @@ std::vector<float> run_vision(const char* isa) {
         frame_attention(scratch, query.data(), key.data(), value.data(), {lengths.data(), 3}, {2, head_dim}, out.data());
         all.insert(all.end(), out.begin(), out.end());
     }
-    std::vector<int8_t> codes(96 * 48);
-    for (auto& code : codes) code = int8_t(int(random_bits() % 255) - 127);
+    std::vector<uint8_t> codes(96 * 48);
+    for (auto& code : codes) code = uint8_t(random_bits() % 255 - 127);
     const std::vector<uint16_t> scale(96, 0x1400);
-    const Int8Rows fc1 = {{codes.data(), scale.data(), 96, 48, 16}, {}};
-    const Int8Rows fc2 = {{codes.data(), scale.data(), 48, 96, 32}, {}};
+    const IntRows fc1 = {{codes.data(), scale.data(), 96, 48, 16}, {}};
+    const IntRows fc2 = {{codes.data(), scale.data(), 48, 96, 32}, {}};
     const auto bias = random_rows(96);
     auto hidden = random_rows(61 * 48);
     VisionScratch scratch;

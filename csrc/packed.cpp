@@ -41,9 +41,13 @@ void scale_rows(float* y, const uint16_t* row_scale, float unit, int64_t count) 
 }
 
 int offset_of(const PackedKernels& kernels, const TrellisMatrix&) { return kernels.trellis_offset; }
-int offset_of(const PackedKernels& kernels, const Int8Matrix&) { return kernels.int8_offset; }
+int offset_of(const PackedKernels& kernels, const IntMatrix& matrix) {
+    return matrix.bits == 8 ? kernels.int8_offset : kSixOffset;
+}
 float unit_of(const TrellisMatrix& matrix) { return matrix.unit; }
-float unit_of(const Int8Matrix&) { return 1.0f; }
+float unit_of(const IntMatrix&) { return 1.0f; }
+bool is_int8(const TrellisMatrix&) { return false; }
+bool is_int8(const IntMatrix& matrix) { return matrix.bits == 8; }
 
 // Inputs [first_input, first_input + inputs) of the panel that begins at `row`.
 void fill_panel(const PackedKernels& kernels, const TrellisMatrix& matrix, int64_t row, int64_t first_input,
@@ -59,17 +63,17 @@ void fill_panel(const PackedKernels& kernels, const TrellisMatrix& matrix, int64
         }
 }
 
-void fill_panel(const PackedKernels& kernels, const Int8Matrix& matrix, int64_t row, int64_t first_input,
-                int64_t inputs, uint8_t* panel) {
-    kernels.pack_int8(matrix.codes + row * matrix.columns + first_input, matrix.columns,
-                      std::min<int64_t>(kPanelRows, matrix.rows - row), inputs, panel);
+void fill_panel(const PackedKernels& kernels, const IntMatrix& matrix, int64_t row, int64_t first_input, int64_t inputs,
+                uint8_t* panel) {
+    PackRows* const pack = is_int8(matrix) ? kernels.pack_int8 : kernels.pack_int6;
+    pack(matrix.at(row, first_input), matrix.bytes_of(matrix.columns), std::min<int64_t>(kPanelRows, matrix.rows - row),
+         inputs, panel);
 }
 
 // A filled panel times `count` tokens from `t`: adds scale * dot to sums[count][64].
 template <class Matrix>
 void multiply_group(const PackedKernels& kernels, const Matrix& matrix, const Activations& x, const uint8_t* panel,
                     int64_t first_input, int64_t inputs, int64_t t, int64_t count, float* sums) {
-    constexpr bool is_int8 = std::is_same_v<Matrix, Int8Matrix>;
     const int offset = offset_of(kernels, matrix);
     const int64_t blocks = matrix.columns / matrix.block;
     alignas(64) int32_t acc[kTokenGroup * kPanelRows];
@@ -87,7 +91,7 @@ void multiply_group(const PackedKernels& kernels, const Matrix& matrix, const Ac
             kernels.multiply_add(own, matrix.block, q, matrix.columns, start, scale, count, sums);
             continue;
         }
-        kernels.multiply_panel(own, is_int8, matrix.block, q, matrix.columns, start, count, acc);
+        kernels.multiply_panel(own, is_int8(matrix), matrix.block, q, matrix.columns, start, count, acc);
         for (int64_t i = 0; i < count; ++i)
             kernels.flush(acc + i * kPanelRows, scale[i], kPanelRows, sums + i * kPanelRows, 0);
     }
@@ -121,6 +125,16 @@ void multiply_panels(const Matrix& matrix, const Activations& x, int64_t first, 
     }
 }
 
+// One row of a block: for rows that are no whole sixteen.
+int32_t dot_row(const IntMatrix& matrix, const uint8_t* codes, const int8_t* q) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < matrix.block; ++k) {
+        const uint32_t four = is_int8(matrix) ? 0 : open_six(codes + k / 4 * 3);
+        sum += (is_int8(matrix) ? int8_t(codes[k]) : int(four >> 8 * (k % 4) & 63) - kSixOffset) * q[k];
+    }
+    return sum;
+}
+
 // One token: decoded and multiplied in registers, a block of inputs at a time.
 void multiply_one(const TrellisMatrix& matrix, const Activations& x, int64_t first, int64_t count, float* y) {
     const PackedKernels& kernels = packed_kernels();
@@ -140,25 +154,26 @@ void multiply_one(const TrellisMatrix& matrix, const Activations& x, int64_t fir
     scale_rows(y, matrix.row_scale + first, matrix.unit, count);
 }
 
-void multiply_one(const Int8Matrix& matrix, const Activations& x, int64_t first, int64_t count, float* y) {
+void multiply_one(const IntMatrix& matrix, const Activations& x, int64_t first, int64_t count, float* y) {
     const PackedKernels& kernels = packed_kernels();
-    const int64_t blocks = matrix.columns / matrix.block;
-    std::fill_n(y, count, 0.0f);
+    DotRows* const dot = is_int8(matrix) ? kernels.dot_int8 : kernels.dot_int6;
+    const int offset = offset_of(kernels, matrix);
+    const int64_t blocks = matrix.columns / matrix.block, stride = matrix.bytes_of(matrix.columns);
     for (int64_t row = 0; row < count; row += 16) {
         const int64_t rows = std::min<int64_t>(16, count - row);
-        const PackedKernels& chosen = rows == 16 ? kernels : packed_portable;
-        const int8_t* codes = matrix.codes + (first + row) * matrix.columns;
+        alignas(64) int32_t sums[16] = {};
+        alignas(64) float out[16] = {};
         for (int64_t b = 0; b < blocks; ++b) {
-            alignas(64) int32_t sums[16] = {};
             const int8_t* q = x.q + b * matrix.block;
+            const uint8_t* codes = matrix.at(first + row, b * matrix.block);
+            const int32_t start = -offset * x.sum[b];
             if (rows == 16)
-                chosen.dot_rows(codes + b * matrix.block, matrix.columns, matrix.block, q, sums);
+                dot(codes, stride, matrix.block, q, start, sums);
             else
-                for (int64_t r = 0; r < rows; ++r)
-                    for (int64_t k = 0; k < matrix.block; ++k)
-                        sums[r] += codes[r * matrix.columns + b * matrix.block + k] * q[k];
-            for (int64_t r = 0; r < rows; ++r) y[row + r] += x.scale[b] * float(sums[r]);
+                for (int64_t r = 0; r < rows; ++r) sums[r] = dot_row(matrix, codes + r * stride, q);
+            kernels.flush(sums, x.scale[b], 16, out, 0);
         }
+        std::copy_n(out, rows, y + row);
     }
     scale_rows(y, matrix.row_scale + first, 1.0f, count);
 }
@@ -208,7 +223,7 @@ void multiply_rows(const Matrix& matrix, const Activations& x, int64_t first, in
 }
 
 int64_t bytes_of(const TrellisMatrix& matrix) { return matrix.rows * matrix.columns * matrix.code->bits / 8; }
-int64_t bytes_of(const Int8Matrix& matrix) { return matrix.rows * matrix.columns; }
+int64_t bytes_of(const IntMatrix& matrix) { return matrix.rows * matrix.bytes_of(matrix.columns); }
 
 // How many items a matrix becomes, where `total` bytes are read side by side. Few: at every end of a run of rows the
 // hardware has already fetched lines of a neighbour's (4 bits, one thread from memory: 30 GB/s of whole column blocks,
@@ -287,7 +302,7 @@ void linear_rows(const TrellisMatrix& matrix, const Activations& x, int64_t firs
     multiply_rows(matrix, x, first, count, y, y_stride);
 }
 
-void linear_rows(const Int8Matrix& matrix, const Activations& x, int64_t first, int64_t count, float* y,
+void linear_rows(const IntMatrix& matrix, const Activations& x, int64_t first, int64_t count, float* y,
                  int64_t y_stride) {
     multiply_rows(matrix, x, first, count, y, y_stride);
 }
@@ -297,6 +312,6 @@ void linear_each(const TrellisMatrix* matrices, const Activations* x, float* con
 }
 
 void linear(const TrellisMatrix& matrix, const Activations& x, float* y) { multiply_each(&matrix, &x, &y, 1); }
-void linear(const Int8Matrix& matrix, const Activations& x, float* y) { multiply_each(&matrix, &x, &y, 1); }
+void linear(const IntMatrix& matrix, const Activations& x, float* y) { multiply_each(&matrix, &x, &y, 1); }
 
 }  // namespace duomo

@@ -1,9 +1,10 @@
-// Matrices whose weights stay packed while they are multiplied: trellis codes of 2 and 4 bits, and int8 rows.
+// Matrices whose weights stay packed while they are multiplied: trellis codes of 2 and 4 bits, rows of 6- and 8-bit
+// integers.
 //
 //     y[t, n] = multiplier[n] * sum over blocks b of  scale[t, b] * sum over k in b of  level[n, k] * q[t, k]
 //
 // q and scale are the rotated int8 activations of rotate.hpp. The inner sum is an integer and the same in every
-// instruction set: |level| <= 63 (127 for int8), |q| <= 127 and a block has at most 128 inputs, so it stays below
+// instruction set: |level| <= 63 (127 at 8 bits), |q| <= 127 and a block has at most 128 inputs, so it stays below
 // 2.1 million and an int32 has a thousandfold of room. The outer sum runs over b in rising order, a multiplication
 // and an addition at a time, without contraction: so the floats, too, are the same bits everywhere.
 //
@@ -22,6 +23,7 @@ namespace duomo {
 constexpr int kPanelRows = 64;
 constexpr int kFewTokens = 4;     // that `accumulate_few` takes at once
 constexpr int kBlockInputs = 16;  // inputs of a column block of the packed layout
+constexpr int kMostInputs = 128;  // that share an activation scale
 
 // One trellis-coded matrix in the layout of FORMAT.md. Pointers are borrowed.
 struct TrellisMatrix {
@@ -34,12 +36,26 @@ struct TrellisMatrix {
     int block;   // inputs that share an activation scale: 16 to 128
 };
 
-struct Int8Matrix {
-    const int8_t* codes;        // [rows][columns], in [-127, 127]
+// Rows of integers, one after another. 8 bits: int8 in [-127, 127]. 6 bits: levels + 32, four of them in three bytes,
+// low bits first, so that a block of activations is whole bytes.
+struct IntMatrix {
+    const uint8_t* codes;       // [rows][columns * bits / 8]
     const uint16_t* row_scale;  // IEEE half
     int64_t rows, columns;
     int block;
+    int bits = 8;
+
+    int64_t bytes_of(int64_t inputs) const { return inputs * bits / 8; }
+    const uint8_t* at(int64_t row, int64_t input) const { return codes + row * bytes_of(columns) + bytes_of(input); }
 };
+
+constexpr int kSixOffset = 32;  // of 6-bit panels in every instruction set: the bytes are the levels as stored
+
+// Four 6-bit levels + 32 out of three bytes, the first in the lowest byte. Static: each instruction set has its own.
+static inline uint32_t open_six(const uint8_t* three) {
+    const uint32_t x = uint32_t(three[0]) | uint32_t(three[1]) << 8 | uint32_t(three[2]) << 16;
+    return (x & 0x3F) | (x << 2 & 0x3F00) | (x << 4 & 0x3F0000) | (x << 6 & 0x3F000000);
+}
 
 // Rotated int8 activations of T tokens. Rows of q are `columns` long, of scale and sum `columns / block`.
 struct Activations {
@@ -54,6 +70,10 @@ struct Start {
     const uint8_t* back1[4];
     const uint8_t* back2[4];
 };
+
+using PackRows = void(const uint8_t* codes, int64_t stride, int64_t rows, int64_t columns, uint8_t* panel);
+using DotRows = void(const uint8_t* codes, int64_t stride, int64_t inputs, const int8_t* q, int32_t start,
+                     int32_t* sums);
 
 // What an instruction set must provide. `tiles` are steps of 16 * phases rows; `line` points at the first one's
 // 256 bytes, which are [group][16 rows][4 inputs]; column blocks are `stride` bytes apart. A panel byte is
@@ -70,14 +90,16 @@ struct PackedKernels {
                            int64_t acc_stride);
     // One tile's 16 inputs as bytes: panel[group * 256 + 64 * phase], panel rows 16 * phases.
     void (*decode_tile)(const TrellisCode&, const uint8_t* line, const Start&, uint8_t* panel);
-    // 64 rows of int8 (those past `rows` are zero), `columns` of them, as a panel.
-    void (*pack_int8)(const int8_t* codes, int64_t stride, int64_t rows, int64_t columns, uint8_t* panel);
+    // 64 rows of integers `stride` bytes apart (what is past `rows` counts for nothing), `columns` of them, as a panel.
+    PackRows *pack_int8, *pack_int6;
     // acc[t][64] = sum over `inputs` of (panel byte - offset) * q, for tokens whose q rows are `stride` apart; `start`
-    // is what a token's accumulators begin with: -offset * its block sum. Null where there is multiply_add.
+    // is what a token's accumulators begin with: -offset * its block sum. `is_int8`: bytes of 8-bit integers, which
+    // may be negative; all others stay below 128. Null where there is multiply_add.
     void (*multiply_panel)(const uint8_t* panel, int is_int8, int64_t inputs, const int8_t* q, int64_t stride,
                            const int32_t* start, int64_t tokens, int32_t* acc);
-    // sums[row] = sum over `inputs` of codes * q, for 16 rows `stride` apart.
-    void (*dot_rows)(const int8_t* codes, int64_t stride, int64_t inputs, const int8_t* q, int32_t* sums);
+    // sums[row] = start + sum over `inputs`, at most kMostInputs, of (level + offset) * q, for 16 rows `stride` bytes
+    // apart.
+    DotRows *dot_int8, *dot_int6;
     // out[i] += scale * float(acc[i]) for `count` (a multiple of 16) values, and acc[i] = next.
     void (*flush)(int32_t* acc, float scale, int64_t count, float* out, int32_t next);
     // multiply_panel and flush in one, the accumulators never leaving the registers: sums[t][64] += scale[t] * acc[t].
@@ -98,13 +120,13 @@ Start start_of(const TrellisMatrix&, int64_t column_block, int64_t tile);
 // Rows [first, first + count) of y for every token: y[t * y_stride + n - first]. `first` is a multiple of 64, and so
 // is `count` unless it reaches the last row. These are the items that a thread takes; scratch is thread_local.
 void linear_rows(const TrellisMatrix&, const Activations&, int64_t first, int64_t count, float* y, int64_t y_stride);
-void linear_rows(const Int8Matrix&, const Activations&, int64_t first, int64_t count, float* y, int64_t y_stride);
+void linear_rows(const IntMatrix&, const Activations&, int64_t first, int64_t count, float* y, int64_t y_stride);
 
 // Several products side by side on the pool, y[i] being [x[i].tokens][matrices[i].rows].
 void linear_each(const TrellisMatrix* matrices, const Activations* x, float* const* y, int64_t count);
 
 // The whole product y[T][rows], on the pool.
 void linear(const TrellisMatrix&, const Activations&, float* y);
-void linear(const Int8Matrix&, const Activations&, float* y);
+void linear(const IntMatrix&, const Activations&, float* y);
 
 }  // namespace duomo

@@ -218,20 +218,48 @@ void transpose16(__m512i (&r)[16]) {
     }
 }
 
-// Weights become unsigned by a flip of the sign bit, which adds 128: vpdpbusd wants unsigned times signed.
-void pack_int8(const int8_t* codes, int64_t stride, int64_t rows, int64_t columns, uint8_t* panel) {
-    const __m512i flip = _mm512_set1_epi8(char(0x80));
+// 64 levels of a row from input `k` on, unsigned as vpdpbusd wants its weights. Past `inputs` no byte is read, and what
+// stands there counts for nothing. To eight bits a flip of the sign bit adds 128.
+struct Eight {
+    static __m512i at(const uint8_t* row, int64_t k, int64_t inputs) {
+        const __mmask64 mask = inputs - k < 64 ? (__mmask64(1) << (inputs - k)) - 1 : ~__mmask64(0);
+        return _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, row + k), _mm512_set1_epi8(char(0x80)));
+    }
+};
+
+// 48 bytes become six to a quadword (vpermb), of which vpmultishiftqb takes the eight fields at 0, 6, ... 42. The last
+// 48 of more bytes are loaded with the 16 before them, not under a mask: of two loads one then lies in a single line.
+struct Six {
+    template <int first>
+    static __m512i open(__m512i bytes) {
+        const __m512i sixes = _mm512_set_epi64(0x2F2E2D2C2B2A, 0x292827262524, 0x232221201F1E, 0x1D1C1B1A1918,
+                                               0x171615141312, 0x11100F0E0D0C, 0x0B0A09080706, 0x050403020100);
+        const __m512i from = _mm512_add_epi8(sixes, _mm512_set1_epi8(first));
+        const __m512i fields = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x2A241E18120C0600),
+                                                            _mm512_permutexvar_epi8(from, bytes));
+        return _mm512_and_si512(fields, _mm512_set1_epi8(63));
+    }
+    static __m512i at(const uint8_t* row, int64_t k, int64_t inputs) {
+        const int64_t left = (inputs - k) / 4 * 3;
+        const uint8_t* p = row + k / 4 * 3;
+        if (left >= 64) return open<0>(load(p));
+        if (k && left == 48) return open<16>(load(p - 16));
+        const __mmask64 mask = (__mmask64(1) << std::min<int64_t>(left, 48)) - 1;
+        return open<0>(_mm512_maskz_loadu_epi8(mask, p));
+    }
+};
+
+template <class Form>
+void pack_rows(const uint8_t* codes, int64_t stride, int64_t rows, int64_t columns, uint8_t* panel) {
     for (int64_t k = 0; k < columns; k += 64) {
-        const int64_t dwords = columns - k < 64 ? (columns - k) / 4 : 16;
-        const __mmask16 mask = __mmask16((1u << dwords) - 1);
+        const int64_t dwords = std::min<int64_t>((columns - k) / 4, 16);
         for (int64_t first = 0; first < kPanelRows; first += 16) {
             __m512i row[16];
             for (int64_t i = 0; i < 16; ++i)
-                row[i] = first + i < rows ? _mm512_maskz_loadu_epi32(mask, codes + (first + i) * stride + k)
-                                          : _mm512_setzero_si512();
+                row[i] = first + i < rows ? Form::at(codes + (first + i) * stride, k, columns) : _mm512_setzero_si512();
             transpose16(row);
-            for (int64_t i = 0; i < dwords; ++i)
-                _mm512_storeu_si512(panel + (k + 4 * i) * kPanelRows + 4 * first, _mm512_xor_si512(row[i], flip));
+            uint8_t* out = panel + k * kPanelRows + 4 * first;
+            for (int64_t i = 0; i < dwords; ++i) _mm512_storeu_si512(out + 4 * i * kPanelRows, row[i]);
         }
     }
 }
@@ -291,23 +319,29 @@ __m512i sum_lanes(__m512i (&r)[16]) {
     return _mm512_add_epi32(_mm512_shuffle_i32x4(r[0], r[1], 0x88), _mm512_shuffle_i32x4(r[0], r[1], 0xDD));
 }
 
-void dot_rows(const int8_t* codes, int64_t stride, int64_t inputs, const int8_t* q, int32_t* sums) {
-    const __m512i flip = _mm512_set1_epi8(char(0x80));
-    __m512i sum[16], q_sum = _mm512_setzero_si512();
+template <class Form, int bits>
+void dot_block(const uint8_t* codes, int64_t stride, int64_t inputs, const int8_t* q, int32_t start, int32_t* sums) {
+    __m512i sum[16];
     for (auto& s : sum) s = _mm512_setzero_si512();
+#pragma GCC unroll 2
     for (int64_t k = 0; k < inputs; k += 64) {
         const __mmask64 mask = inputs - k < 64 ? (__mmask64(1) << (inputs - k)) - 1 : ~__mmask64(0);
         const __m512i x = _mm512_maskz_loadu_epi8(mask, q + k);
-        q_sum = _mm512_dpbusd_epi32(q_sum, flip, x);  // 128 * x: what the flip adds to every row
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) {
-            ask_for_line(codes + (i + 16) * stride + k);  // sixteen rows are too many streams for the hardware
-            const __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, codes + i * stride + k), flip);
-            sum[i] = _mm512_dpbusd_epi32(sum[i], w, x);
+            // Sixteen rows are too many streams for the hardware.
+            ask_for_line(codes + (i + 16) * stride + k * bits / 8);
+            sum[i] = _mm512_dpbusd_epi32(sum[i], Form::at(codes + i * stride, k, inputs), x);
         }
     }
-    const __m512i total = _mm512_set1_epi32(_mm512_reduce_add_epi32(q_sum));
-    _mm512_storeu_si512(sums, _mm512_sub_epi32(sum_lanes(sum), total));
+    _mm512_storeu_si512(sums, _mm512_add_epi32(sum_lanes(sum), _mm512_set1_epi32(start)));
+}
+
+template <class Form, int bits>
+void dot_rows(const uint8_t* codes, int64_t stride, int64_t inputs, const int8_t* q, int32_t start, int32_t* sums) {
+    if (inputs == kMostInputs)  // the usual block, unrolled
+        return dot_block<Form, bits>(codes, stride, kMostInputs, q, start, sums);
+    dot_block<Form, bits>(codes, stride, inputs, q, start, sums);
 }
 
 void flush(int32_t* acc, float scale, int64_t count, float* out, int32_t next) {
@@ -319,8 +353,9 @@ void flush(int32_t* acc, float scale, int64_t count, float* out, int32_t next) {
     }
 }
 
-constexpr PackedKernels kernels = {64,        128,            accumulate, accumulate_few, decode_tile,
-                                   pack_int8, nullptr,       dot_rows,   flush,          multiply_add};
+constexpr PackedKernels kernels = {
+    64,      128,   accumulate,         accumulate_few,   decode_tile, pack_rows<Eight>, pack_rows<Six>,
+    nullptr, dot_rows<Eight, 8>, dot_rows<Six, 6>, flush,       multiply_add};
 
 }  // namespace
 

@@ -75,11 +75,19 @@ void decode_tile(const TrellisCode& code, const uint8_t* line, const Start& star
     }
 }
 
-void pack_int8(const int8_t* codes, int64_t stride, int64_t rows, int64_t columns, uint8_t* panel) {
+void pack_int8(const uint8_t* codes, int64_t stride, int64_t rows, int64_t columns, uint8_t* panel) {
     for (int64_t k = 0; k < columns; k += 4)
         for (int64_t row = 0; row < kPanelRows; ++row) {
             int32_t four = 0;
             if (row < rows) std::memcpy(&four, codes + row * stride + k, 4);
+            std::memcpy(panel + k * kPanelRows + 4 * row, &four, 4);
+        }
+}
+
+void pack_int6(const uint8_t* codes, int64_t stride, int64_t rows, int64_t columns, uint8_t* panel) {
+    for (int64_t k = 0; k < columns; k += 4)
+        for (int64_t row = 0; row < kPanelRows; ++row) {
+            const uint32_t four = row < rows ? open_six(codes + row * stride + k / 4 * 3) : 0;
             std::memcpy(panel + k * kPanelRows + 4 * row, &four, 4);
         }
 }
@@ -99,14 +107,39 @@ void multiply_panel(const uint8_t* panel, int, int64_t inputs, const int8_t* q, 
         }
 }
 
-void dot_rows(const int8_t* codes, int64_t stride, int64_t inputs, const int8_t* q, int32_t* sums) {
+void dot_int8(const uint8_t* codes, int64_t stride, int64_t inputs, const int8_t* q, int32_t start, int32_t* sums) {
     for (int row = 0; row < 16; ++row) {
-        const int8_t* w = codes + row * stride;
+        const int8_t* w = reinterpret_cast<const int8_t*>(codes) + row * stride;
         int32x4_t sum = vdupq_n_s32(0);
         int64_t k = 0;
         for (; k + 16 <= inputs; k += 16) sum = vdotq_s32(sum, vld1q_s8(w + k), vld1q_s8(q + k));
-        int32_t total = vaddvq_s32(sum);
+        int32_t total = start + vaddvq_s32(sum);
         for (; k < inputs; ++k) total += w[k] * q[k];
+        sums[row] = total;
+    }
+}
+
+// `ld3` parts 48 bytes into the first, second and third of each three, `ld4` the 64 inputs as their levels lie in them.
+void dot_int6(const uint8_t* codes, int64_t stride, int64_t inputs, const int8_t* q, int32_t start, int32_t* sums) {
+    const uint8x16_t low6 = vdupq_n_u8(63);
+    for (int row = 0; row < 16; ++row) {
+        const uint8_t* w = codes + row * stride;
+        int32x4_t sum = vdupq_n_s32(0);
+        int64_t k = 0;
+        for (; k + 64 <= inputs; k += 64) {
+            const uint8x16x3_t b = vld3q_u8(w + k / 4 * 3);
+            const int8x16x4_t x = vld4q_s8(q + k);
+            const uint8x16_t level[4] = {
+                vandq_u8(b.val[0], low6),
+                vandq_u8(vorrq_u8(vshrq_n_u8(b.val[0], 6), vshlq_n_u8(b.val[1], 2)), low6),
+                vandq_u8(vorrq_u8(vshrq_n_u8(b.val[1], 4), vshlq_n_u8(b.val[2], 4)), low6), vshrq_n_u8(b.val[2], 2)};
+            for (int i = 0; i < 4; ++i) sum = vdotq_s32(sum, vreinterpretq_s8_u8(level[i]), x.val[i]);
+        }
+        int32_t total = start + vaddvq_s32(sum);
+        for (; k < inputs; k += 4) {
+            const uint32_t four = open_six(w + k / 4 * 3);
+            for (int i = 0; i < 4; ++i) total += int(four >> 8 * i & 63) * q[k + i];
+        }
         sums[row] = total;
     }
 }
@@ -118,7 +151,8 @@ void flush(int32_t* acc, float scale, int64_t count, float* out, int32_t next) {
     }
 }
 
-constexpr PackedKernels kernels = {0, 0, accumulate, nullptr, decode_tile, pack_int8, multiply_panel, dot_rows, flush, nullptr};
+constexpr PackedKernels kernels = {0,         0,              accumulate, nullptr,  decode_tile, pack_int8,
+                                   pack_int6, multiply_panel, dot_int8,   dot_int6, flush,       nullptr};
 
 }  // namespace
 

@@ -50,14 +50,24 @@ void decode_tile(const TrellisCode& code, const uint8_t* line, const Start& star
                         panel + 256 * group + 64 * phase);
 }
 
-void pack_int8(const int8_t* codes, int64_t stride, int64_t rows, int64_t columns, uint8_t* panel) {
+template <int bits>
+uint32_t four_levels(const uint8_t* row, int64_t k) {
+    uint32_t four;
+    std::memcpy(&four, row + k, 4);
+    return four;
+}
+
+template <>
+uint32_t four_levels<6>(const uint8_t* row, int64_t k) {
+    return open_six(row + k / 4 * 3);
+}
+
+template <int bits>
+void pack_rows(const uint8_t* codes, int64_t stride, int64_t rows, int64_t columns, uint8_t* panel) {
     for (int64_t k = 0; k < columns; k += 4)
         for (int64_t row = 0; row < kPanelRows; ++row) {
-            uint8_t* out = panel + k * kPanelRows + 4 * row;
-            if (row < rows)
-                std::memcpy(out, codes + row * stride + k, 4);
-            else
-                std::memset(out, 0, 4);
+            const uint32_t four = row < rows ? four_levels<bits>(codes + row * stride, k) : 0;
+            std::memcpy(panel + k * kPanelRows + 4 * row, &four, 4);
         }
 }
 
@@ -81,11 +91,36 @@ void multiply_panel(const uint8_t* panel, int is_int8, int64_t inputs, const int
     }
 }
 
-void dot_rows(const int8_t* codes, int64_t stride, int64_t inputs, const int8_t* q, int32_t* sums) {
+template <class Level>
+int32_t dot(const Level* levels, const int8_t* q, int64_t inputs) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < inputs; ++k) sum += levels[k] * q[k];
+    return sum;
+}
+
+void dot_int8(const uint8_t* codes, int64_t stride, int64_t inputs, const int8_t* q, int32_t start, int32_t* sums) {
+    for (int row = 0; row < 16; ++row)
+        sums[row] = start + dot(reinterpret_cast<const int8_t*>(codes) + row * stride, q, inputs);
+}
+
+// Eight levels + 32 of six bytes: halves, quarters and eighths of a word moved apart.
+void open_eight(const uint8_t* six, uint8_t* levels) {
+    uint32_t low;
+    uint16_t high;
+    std::memcpy(&low, six, 4);
+    std::memcpy(&high, six + 4, 2);
+    uint64_t x = low | uint64_t(high) << 32;
+    x = (x & 0xFFFFFF) | (x & 0xFFFFFF000000) << 8;
+    x = (x & 0x00000FFF00000FFF) | (x & 0x00FFF00000FFF000) << 4;
+    x = (x & 0x003F003F003F003F) | (x & 0x0FC00FC00FC00FC0) << 2;
+    std::memcpy(levels, &x, 8);
+}
+
+void dot_int6(const uint8_t* codes, int64_t stride, int64_t inputs, const int8_t* q, int32_t start, int32_t* sums) {
     for (int row = 0; row < 16; ++row) {
-        int32_t sum = 0;
-        for (int64_t k = 0; k < inputs; ++k) sum += codes[row * stride + k] * q[k];
-        sums[row] = sum;
+        uint8_t levels[kMostInputs];
+        for (int64_t k = 0; k < inputs; k += 8) open_eight(codes + row * stride + k / 8 * 6, levels + k);
+        sums[row] = start + dot(levels, q, inputs);
     }
 }
 
@@ -98,5 +133,6 @@ void flush(int32_t* acc, float scale, int64_t count, float* out, int32_t next) {
 
 }  // namespace
 
-const duomo::PackedKernels duomo::packed_portable = {64,        0,        accumulate, nullptr, decode_tile, pack_int8,
-                                                     multiply_panel, dot_rows, flush, nullptr};
+const duomo::PackedKernels duomo::packed_portable = {
+    64,           0,              accumulate, nullptr,  decode_tile, pack_rows<8>,
+    pack_rows<6>, multiply_panel, dot_int8,   dot_int6, flush,       nullptr};

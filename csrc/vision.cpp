@@ -24,7 +24,7 @@ float* grown(std::vector<float>& memory, int64_t count) {
 
 // x[rows][columns] through a matrix: y[rows][matrix.rows], without the bias.
 void multiply(VisionScratch& scratch, const float* x, int64_t rows, const VisionLinear& layer, float* y) {
-    const Int8Matrix& matrix = layer.rows->matrix;
+    const IntMatrix& matrix = layer.rows->matrix;
     linear(matrix, scratch.activations.fill(x, layer.rows->signs_or_null(), rows, matrix.columns, matrix.block), y);
 }
 

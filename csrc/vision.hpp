@@ -1,4 +1,4 @@
-// The vision tower's blocks over int8 weights: LayerNorm, attention within frames, the MLP, both with their residual.
+// The vision tower's blocks over integers: LayerNorm, attention within frames, the MLP, both with their residual.
 //
 // Attention never builds the score matrix: an item is 60 queries of one head of one frame, and walks over its keys 256
 // at a time with a running maximum (online softmax): 60 KB of scores, whatever the picture. Queries (with
@@ -60,7 +60,7 @@ struct VisionNorm {
 };
 
 struct VisionLinear {
-    const Int8Rows* rows;
+    const IntRows* rows;
     const float* bias;
 };
 

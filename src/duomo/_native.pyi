@@ -110,8 +110,9 @@ class Trellis:
 class Integers:
     def __init__(
         self,
-        levels: npt.NDArray[np.int8],
+        codes: npt.NDArray[np.uint8],
         row_scale: npt.NDArray[np.uint16],
+        bits: int,
         block: int,
         signs: npt.NDArray[np.float32],
     ) -> None: ...

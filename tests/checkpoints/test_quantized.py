@@ -55,6 +55,12 @@ def test_round_trip(tensors, path):
     assert file.num_bytes("head.weight") == tensors["head.weight"].num_bytes == 8 * 12 + 16
 
 
+def test_six_bits_stay_packed_in_the_file(tensors, path):
+    read = QuantizedFile(path).read("head.weight")
+    np.testing.assert_array_equal(read.codes, tensors["head.weight"].codes)
+    assert read.codes.shape == (8, 12) and not read.codes.flags.owndata and not read.codes.flags.writeable
+
+
 def test_a_folder_is_the_union_of_its_files(tensors, tmp_path):
     for index, (name, tensor) in enumerate(tensors.items()):
         write_quantized(tmp_path / f"part-{index}.safetensors", {name: tensor})

@@ -45,6 +45,7 @@ def refused(capsys, *arguments):
         (["--memory", "10M"], r"quantizing needs about 1.5 GB"),
         (["--code", "lcc2-9"], "there are lcc2-10, lcc2-12, lcc2-14"),
         (["--tune"], "tuning needs calibration prompts"),
+        (["--embeddings", "5"], "embeddings of 5 bits; there are 8 and 6"),
         (["--threads", "-2"], "-2 threads; give 1 or more"),
         (["--calibration", "/no/such"], "/no/such does not exist"),
     ],

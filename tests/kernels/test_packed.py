@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from duomo.kernels import cpu, reference
-from duomo.kernels.weights import Int8Weight, TrellisWeight
-from duomo.trellis import PRESETS, IntTensor, TrellisBank, TrellisTensor
+from duomo.kernels.weights import IntWeight, TrellisWeight
+from duomo.trellis import PRESETS, IntTensor, TrellisBank, TrellisTensor, int_tensor
 
 native = pytest.importorskip("duomo._native", reason="the native module is not built")
 ISAS = ["portable", "avx2", "avx512", "neon"]
@@ -34,10 +34,16 @@ def random_bank(name: str, count: int, rows: int, columns: int, seed: int = 5) -
     return TrellisWeight(TrellisBank(code, codes, scale, (count, rows, columns), seed))
 
 
-def random_int8(rows: int, columns: int, seed: int | None = 4) -> Int8Weight:
-    rng = np.random.default_rng(rows)
-    levels = rng.integers(-127, 128, (rows, columns)).astype(np.int8)
-    return Int8Weight(IntTensor(levels, rng.uniform(0.001, 0.01, rows).astype(np.float16), 8, seed))
+def random_integers(rows: int, columns: int, seed: int | None = 4, bits: int = 8) -> IntWeight:
+    rng, most = np.random.default_rng(rows), (1 << (bits - 1)) - 1
+    levels = rng.integers(-most, most + 1, (rows, columns)).astype(np.int8)
+    return IntWeight(int_tensor(levels, rng.uniform(0.001, 0.01, rows).astype(np.float16), bits, seed))
+
+
+def opened(weight: IntWeight) -> IntWeight:
+    """The same levels as int8."""
+    stored = weight.stored
+    return IntWeight(IntTensor(stored.levels(), stored.row_scale, 8, stored.seed))
 
 
 def inputs(tokens: int, width: int) -> torch.Tensor:
@@ -59,7 +65,7 @@ def isa(request):
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("width", [192, 128, 336, 80])
 def test_rotated_int8_activations_are_the_same_bits(isa, tokens, width):
-    weight = random_int8(16, width)
+    weight = random_integers(16, width)
     fast = cpu.quantize_activations(inputs(tokens, width), weight.signs, weight.block)
     plain = reference.quantize_activations(inputs(tokens, width), weight.signs, weight.block)
     assert torch.equal(fast.q, plain.q) and torch.equal(fast.scale, plain.scale)
@@ -93,9 +99,36 @@ def test_panels_longer_than_the_cache_are_cut(isa):
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("rows, columns", [(64, 256), (77, 128), (1, 48), (130, 336)])
 @pytest.mark.parametrize("seed", [None, 9])
-def test_int8_product_is_the_same_bits(isa, rows, columns, tokens, seed):
-    weight, x = random_int8(rows, columns, seed), inputs(tokens, columns)
+@pytest.mark.parametrize("bits", [8, 6])
+def test_product_of_integers_is_the_same_bits(isa, rows, columns, tokens, seed, bits):
+    weight, x = random_integers(rows, columns, seed, bits), inputs(tokens, columns)
     assert torch.equal(cpu.packed_linear(x, weight), reference.packed_linear(x, weight))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("columns", [48, 96, 192, 256, 4096 + 128])  # blocks of 16, 32, 64, 128; a cut panel
+def test_six_bits_are_what_the_same_levels_are_at_eight(isa, columns, tokens):
+    weight, x = random_integers(85, columns, bits=6), inputs(tokens, columns)
+    assert torch.equal(cpu.packed_linear(x, weight), cpu.packed_linear(x, opened(weight)))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("field", [0x00, 0xFF])  # -32, which no encoder writes, and 31
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_six_bit_sums_do_not_saturate(isa, tokens, field, sign):
+    codes = np.full((32, 96), field, np.uint8)
+    weight = IntWeight(IntTensor(codes, np.ones(32, np.float16), 6, None))
+    x = torch.full((tokens, 128), float(sign))
+    expected = torch.full((tokens, 32), float(sign * (31 if field else -32) * 127 * 128)) * (1 / 127)
+    assert torch.equal(cpu.packed_linear(x, weight), reference.packed_linear(x, weight))
+    torch.testing.assert_close(cpu.packed_linear(x, weight), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 6])
+def test_rows_are_looked_up_alone(bits):
+    weight = random_integers(77, 128, bits=bits)
+    for ids in ([], [5], [76, 0, 5, 5]):
+        assert torch.equal(weight.rows_of(torch.tensor(ids, dtype=torch.int64)), weight.levels()[ids])
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from duomo.errors import KernelError
 from duomo.kernels import cpu, reference
 from duomo.kernels.reference import Affine, BlockWeights, Norm
-from duomo.kernels.weights import Int8Weight
-from duomo.trellis import IntTensor
+from duomo.kernels.weights import IntWeight
+from duomo.trellis import int_tensor
 
 native = pytest.importorskip("duomo._native", reason="the native module is not built")
 
@@ -37,13 +37,12 @@ def heads(frames: list[int], num_heads: int, head_dim: int, sharpness: float = 1
     return [query * sharpness, key, value]
 
 
-def affine(rows: int, columns: int) -> Affine:
+def affine(rows: int, columns: int, most: int = 127, bits: int = 8) -> Affine:
     rng = np.random.default_rng(rows * 7 + columns)
-    levels = rng.integers(-127, 128, (rows, columns)).astype(np.int8)
+    levels = rng.integers(-most, most + 1, (rows, columns)).astype(np.int8)
     scale = np.full(rows, columns**-0.5 / 73, np.float16)
-    return Affine(
-        Int8Weight(IntTensor(levels, scale, 8, 4)), torch.from_numpy(rng.normal(0, 0.1, rows)).float()
-    )
+    weight = IntWeight(int_tensor(levels, scale, bits, 4))
+    return Affine(weight, torch.from_numpy(rng.normal(0, 0.1, rows)).float())
 
 
 def norm(width: int) -> Norm:
@@ -128,6 +127,14 @@ def test_blocks_agree(isa, dtype):
     fast, plain = cpu.vision_blocks(*x), reference.vision_blocks(*x)
     assert fast.dtype == plain.dtype == dtype
     assert error(fast.float(), plain.float()) < 6e-3
+
+
+def test_six_bits_are_what_the_same_levels_are_at_eight(isa):
+    x = torch.randn(61, 64, generator=torch.Generator().manual_seed(4))
+    six, eight = (
+        cpu.vision_mlp(x, norm(64), affine(96, 64, 31, bits), affine(64, 96, 31, bits)) for bits in (6, 8)
+    )
+    assert torch.equal(six, eight)
 
 
 def test_nothing_in_nothing_out(isa):

@@ -12,7 +12,7 @@ from duomo.model.attention import PackedCausal
 from duomo.model.config import BankConfig, ModelConfig, VisionConfig
 from duomo.model.packed import build_packed
 from duomo.model.packed_layers import PackedEmbedding, PackedExperts, PackedLinear
-from duomo.trellis import LCC2_12, LCC4_12, TrellisBank, TrellisTensor, encode_int
+from duomo.trellis import LCC2_12, LCC4_12, IntTensor, TrellisBank, TrellisTensor, encode_int
 from duomo.trellis.code import TrellisCode
 
 CONFIG = ModelConfig(
@@ -69,6 +69,22 @@ def test_logits_of_a_packed_model_are_near_those_of_the_same_weights_unpacked(st
     difference = model.logits(ids) - plain.logits(ids)
     error = difference.norm() / plain.logits(ids).norm()
     assert 0 < error < 0.05
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_six_bit_ends_give_the_logits_of_the_same_levels_at_eight(stored, is_tied):
+    rng = np.random.default_rng(3)
+    ends = {
+        name: encode_int(rng.normal(0, 0.05, (CONFIG.vocab_size, 64)).astype(np.float32), 6, seed)
+        for seed, name in enumerate(("embed.weight",) if is_tied else ("embed.weight", "head.weight"))
+    }
+    eight = {name: IntTensor(six.levels(), six.row_scale, 8, six.seed) for name, six in ends.items()}
+    config = replace(CONFIG, tie_embeddings=is_tied)
+    models = [build_packed(config, {**stored, **own}.items()) for own in (ends, eight)]
+    assert all(model.embed.packed.stored.bits == bits for model, bits in zip(models, (6, 8), strict=True))
+    for ids in ([1], [1, 7, 100295, 42, 9, 9, 100295], [*range(40)]):
+        logits, expected = (model.logits(ids) for model in models)
+        assert torch.equal(logits, expected) and float(logits.std()) > 0
 
 
 def test_pictures_go_through_the_packed_tower(stored):

@@ -18,7 +18,7 @@ from duomo.errors import CheckpointError, ConfigError
 from duomo.model import BankConfig, Ernie, ModelConfig, SpecialIds, VisionConfig, init_weights
 from duomo.processing.patches import patchify
 from duomo.processing.prompt import Media, MediaSpan, Prompt
-from duomo.quant import quantize
+from duomo.quant import build_plan, quantize
 from duomo.quant.judge import compare_logits
 from duomo.train.lora import LoraPlan, attach, merge
 from duomo.trellis import LCC4_12, IntTensor, TrellisBank, TrellisTensor
@@ -87,6 +87,20 @@ def test_everything_is_stored_as_planned(done):
     )
     assert not (done[0] / ".quantize").exists()
     assert (done[0] / "tokenizer.json").exists()
+
+
+def test_embeddings_of_six_bits(source, tmp_path):
+    plan = build_plan("2", CONFIG, embedding_bits=6)
+    report = quantize(source, tmp_path / "six", plan)
+    outside = {tensor["name"]: tensor for tensor in report["outside"]}
+    assert outside["embed.weight"]["kind"] == "int6" and outside["embed.weight"]["weight_error"] > 1e-4
+    assert outside["embed.weight"]["num_bytes"] == plan.num_bytes(
+        "embed.weight", (CONFIG.vocab_size, CONFIG.hidden_size)
+    )
+    ours, theirs = load_model(tmp_path / "six", torch.float32), load_model(source, torch.float32)
+    assert ours.embed.packed.stored.bits == 6
+    kl, _ = compare_logits(theirs.logits([5, 9, 33]), ours.logits([5, 9, 33]))
+    assert 0 < kl.mean() < 0.5
 
 
 def test_it_loads_like_any_checkpoint(done, source):

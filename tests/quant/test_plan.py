@@ -8,7 +8,7 @@ from duomo.model import Ernie, preset
 from duomo.quant.judge import compare_logits, summarize
 from duomo.quant.plan import Kind, build_plan, raise_banks
 from duomo.quant.report import part_of, size_by_part
-from duomo.trellis import encode_matrix
+from duomo.trellis import encode_int, encode_matrix
 
 VL = preset("vl-28b-a3b")
 
@@ -68,6 +68,20 @@ def test_counted_bytes_are_real_bytes():
     plan, name = build_plan("2", VL), "decoder.layers.3.mlp.text.down"
     tensor = encode_matrix(torch.randn(64, 48).numpy(), plan.two)
     assert plan.num_bytes(name, (64, 48)) == tensor.num_bytes
+
+
+def test_embeddings_of_six_bits():
+    plan, shape = build_plan("2", VL, embedding_bits=6), (VL.vocab_size, VL.hidden_size)
+    assert plan.kind("embed.weight") is plan.kind("head.weight") is Kind.INT6
+    assert plan.kind("vision_tower.blocks.7.fc1.weight") is Kind.INT8
+    assert plan.num_bytes("embed.weight", shape) == VL.vocab_size * (2560 * 6 // 8 + 2)
+    saved = build_plan("2", VL).num_bytes("embed.weight", shape) - plan.num_bytes("embed.weight", shape)
+    assert saved == VL.vocab_size * 2560 // 4 == 66_191_360
+    assert plan.kind_for("embed.weight", (64, 18)) is Kind.INT8
+    tensor = encode_int(torch.randn(64, 48).numpy(), 6)
+    assert plan.num_bytes("embed.weight", (64, 48)) == tensor.num_bytes
+    with pytest.raises(ConfigError, match="there are 8 and 6"):
+        build_plan("2", VL, embedding_bits=4)
 
 
 def test_a_budget_goes_where_it_saves_most():

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from duomo.checkpoints import load_model
+from duomo.checkpoints.fit import read_per_token
 from duomo.checkpoints.inventory import take_inventory
 from duomo.checkpoints.stream import load_dequantized
+from duomo.cli import main
 from duomo.errors import CheckpointError
 from duomo.model import BankConfig, preset
 from duomo.processing.tokenizer import Tokenizer
@@ -52,6 +54,22 @@ def test_it_says_that_it_is_synthetic(tmp_path: Path) -> None:
     inventory = take_inventory(tmp_path)
     assert inventory.is_synthetic and inventory.layout == "quantized"
     assert inventory.parts["text experts"].bits_per_weight < 2.3
+
+
+def test_six_bit_embeddings_run_and_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("duomo.model.preset", lambda name: SMALL)
+    with pytest.raises(SystemExit, match="0"):
+        main(["synth", str(tmp_path / "x"), "--embeddings", "6"])
+    inventory = take_inventory(tmp_path / "x")
+    size = inventory.parts["embeddings"]
+    assert size.num_bytes == SMALL.vocab_size * (128 * 6 // 8 + 2)
+    assert read_per_token(inventory)["head"] == size.num_bytes
+    model = load_model(tmp_path / "x")
+    assert model.embed.packed.stored.bits == 6
+    assert float(model.logits([1, 5, 9, 33]).std()) > 0
+    with pytest.raises(SystemExit, match="2"):
+        main(["synth", str(tmp_path / "y"), "--embeddings", "5"])
+    assert not (tmp_path / "y").exists()
 
 
 def test_same_seed_same_bytes(tmp_path: Path) -> None:

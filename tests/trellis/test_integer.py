@@ -6,16 +6,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from duomo.errors import ConfigError, ShapeMismatch
-from duomo.trellis import encode_int
+from duomo.trellis import encode_int, int_tensor
 from duomo.trellis.integer import IntTensor, pack_six, unpack_six
 
 
-@given(st.integers(1, 3), st.integers(0, 5), st.integers(0, 99))
+@given(st.integers(0, 3), st.integers(0, 5), st.integers(0, 99))
 def test_six_bits_round_trip(rows, quads, seed):
     levels = np.random.default_rng(seed).integers(-31, 32, (rows, 4 * quads)).astype(np.int8)
     packed = pack_six(levels)
     assert packed.nbytes * 8 == levels.size * 6
     np.testing.assert_array_equal(unpack_six(packed), levels)
+
+
+def test_six_bits_lie_in_the_file_as_its_format_says():
+    """FORMAT.md: four levels plus 32 in three bytes, low bits first; 1, 32, 37 and 63 are 01 58 fe."""
+    tensor = int_tensor(np.array([[-31, 0, 5, 31]], np.int8), np.ones(1, np.float16), 6, None)
+    assert tensor.codes.tobytes() == bytes.fromhex("0158fe")
+    assert tensor.shape == (1, 4) and tensor.num_bytes == 3 + 2
+    assert tensor.levels().tolist() == tensor.decode().tolist() == [[-31, 0, 5, 31]]
 
 
 @pytest.mark.parametrize("bits, bound", [(8, 2e-4), (6, 2e-3)])
@@ -35,3 +43,7 @@ def test_zeros_nan_and_odd_sizes():
         IntTensor(np.zeros((1, 4), np.int8), np.ones(1, np.float16), 5, None)
     with pytest.raises(ShapeMismatch, match="multiple of 4"):
         pack_six(np.zeros((1, 6), np.int8))
+    with pytest.raises(ConfigError, match="6 bits as int8"):
+        IntTensor(np.zeros((1, 3), np.int8), np.ones(1, np.float16), 6, None)
+    with pytest.raises(ShapeMismatch, match="three for four"):
+        IntTensor(np.zeros((1, 4), np.uint8), np.ones(1, np.float16), 6, None)

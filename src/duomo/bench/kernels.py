@@ -2,7 +2,8 @@
 
 Weights per second of one token through one matrix, the best of many rounds: in cache on one thread against
 our own int8 kernel, and from memory on all threads against a plain reader of as many bytes. Prefill is the
-same matrix under many tokens. Rounds of the things compared alternate, so that a noisy moment meets both.
+same matrix under many tokens. `--head` times the 28B's head alone, at 8 and at 6 bits. Rounds of the things
+compared alternate, so that a noisy moment meets both.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import numpy as np
 import torch
 
 from duomo import _native
-from duomo.kernels.weights import Int8Weight, PackedWeight, TrellisWeight
-from duomo.trellis import LCC2_10, LCC2_12, LCC2_14, LCC4_12, IntTensor, TrellisBank, TrellisCode
+from duomo.kernels.weights import IntWeight, PackedWeight, TrellisWeight
+from duomo.trellis import LCC2_10, LCC2_12, LCC2_14, LCC4_12, TrellisBank, TrellisCode, int_tensor
 
 ROWS, COLUMNS = 3072, 2560  # gate and up of a text expert of VL-28B-A3B
+HEAD_ROWS = 103_424  # of its embeddings, which are its head
 CODES = (LCC2_10, LCC2_12, LCC2_14, LCC4_12)
 ISAS = ("avx512", "avx2", "portable", "neon")
 
@@ -34,18 +36,19 @@ def random_bank(code: TrellisCode, count: int) -> TrellisWeight:
     return TrellisWeight(TrellisBank(code, codes.reshape(count, -1), scale, (count, ROWS, COLUMNS), 1))
 
 
-def random_int8() -> Int8Weight:
-    levels = np.frombuffer(np.random.default_rng(0).bytes(ROWS * COLUMNS), np.int8).reshape(ROWS, COLUMNS)
-    return Int8Weight(IntTensor(np.maximum(levels, -127), np.full(ROWS, 0.02, np.float16), 8, 1))
+def random_integers(bits: int, rows: int = ROWS) -> IntWeight:
+    most = (1 << (bits - 1)) - 1
+    levels = np.random.default_rng(0).integers(-most, most + 1, (rows, COLUMNS), np.int8)
+    return IntWeight(int_tensor(levels, np.full(rows, 0.02, np.float16), bits, 1))
 
 
 def product(weight: PackedWeight, tokens: int = 1) -> Callable[[int], None]:
     """A call that multiplies `tokens` rows by matrix `index`, without Python's part of packed_linear."""
-    x, y = torch.randn(tokens, COLUMNS), torch.empty(tokens, ROWS)
+    x, y = torch.randn(tokens, COLUMNS), torch.empty(tokens, weight.rows)
     native, places = weight.native, (x.data_ptr(), tokens, y.data_ptr())
 
     def run(index: int = 0, keep: tuple[torch.Tensor, ...] = (x, y)) -> None:
-        if isinstance(weight, Int8Weight):
+        if isinstance(weight, IntWeight):
             native.linear(*places)
         else:
             native.linear(index, *places)
@@ -70,7 +73,7 @@ def measure_cache(isa: str, seconds: float) -> dict[str, float]:
     _native.set_isa(isa)
     _native.set_num_threads(1)
     weights: dict[str, PackedWeight] = {code.name: random_bank(code, 1) for code in CODES}
-    weights["int8"] = random_int8()
+    weights |= {f"int{bits}": random_integers(bits) for bits in (8, 6)}
     best = best_seconds({name: partial(product(weight), 0) for name, weight in weights.items()}, seconds)
     return {name: ROWS * COLUMNS / value / 1e9 for name, value in best.items()}
 
@@ -90,8 +93,31 @@ def measure_memory(code: TrellisCode, seconds: float, num_bytes: int = 1 << 29) 
     def read() -> None:
         _native.read_all(flat)
 
-    best = best_seconds({"product": all_matrices, "reader": read}, seconds)
-    out = {name: flat.nbytes / value / 1e9 for name, value in best.items()}
+    return _beside_reader(best_seconds({"product": all_matrices, "reader": read}, seconds), flat.nbytes)
+
+
+def measure_head(seconds: float) -> dict[str, dict[str, float]]:
+    """The 28B's head for one token on all threads, at 8 and at 6 bits: ms, GB/s, the reader beside it."""
+    _native.set_isa("")
+    _native.set_num_threads(0)
+    calls: dict[str, Callable[[], object]] = {}
+    num_bytes = {}
+    for bits in (8, 6):
+        weight = random_integers(bits, HEAD_ROWS)
+        flat = weight.stored.codes.view(np.uint8).reshape(-1)
+        calls[f"{bits} bits"] = partial(product(weight), 0)
+        calls[f"{bits} bits, reader"] = partial(_native.read_all, flat)
+        num_bytes[f"{bits} bits"] = flat.nbytes
+    best = best_seconds(calls, seconds)
+    return {
+        name: {"ms": 1e3 * best[name]}
+        | _beside_reader({"product": best[name], "reader": best[f"{name}, reader"]}, count)
+        for name, count in num_bytes.items()
+    }
+
+
+def _beside_reader(best: dict[str, float], num_bytes: int) -> dict[str, float]:
+    out = {name: num_bytes / value / 1e9 for name, value in best.items()}
     return out | {"share": out["product"] / out["reader"]}
 
 
@@ -101,26 +127,36 @@ def measure_prefill(seconds: float, tokens: int = 512) -> dict[str, float]:
     _native.set_num_threads(0)
     x, matrix = torch.randn(tokens, COLUMNS).bfloat16(), torch.randn(ROWS, COLUMNS).bfloat16()
     weights: dict[str, PackedWeight] = {code.name: random_bank(code, 1) for code in (LCC2_12, LCC4_12)}
-    weights["int8"] = random_int8()
+    weights |= {f"int{bits}": random_integers(bits) for bits in (8, 6)}
     calls: dict[str, Callable[[], object]] = {n: partial(product(w, tokens), 0) for n, w in weights.items()}
     calls["torch bf16"] = partial(torch.nn.functional.linear, x, matrix)
     best = best_seconds(calls, seconds)
     return {name: tokens * ROWS * COLUMNS / value / 1e9 for name, value in best.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    options = parser.parse_args()
-    figures: dict[str, object] = {"machine": platform.processor() or platform.machine()}
+def measure_all(seconds: float) -> dict[str, object]:
+    figures: dict[str, object] = {}
     for isa in ISAS:
         _native.set_isa(isa)
         if _native.current_isa() == isa:
-            figures[f"in cache, one thread, {isa} (G weights/s)"] = measure_cache(isa, options.seconds)
+            figures[f"in cache, one thread, {isa} (G weights/s)"] = measure_cache(isa, seconds)
     for code in (LCC2_12, LCC4_12):
-        figures[f"from memory, all threads, {code.name} (GB/s)"] = measure_memory(code, 4 * options.seconds)
-    figures["512 tokens, all threads (G multiply-adds/s)"] = measure_prefill(options.seconds)
+        figures[f"from memory, all threads, {code.name} (GB/s)"] = measure_memory(code, 4 * seconds)
+    figures["512 tokens, all threads (G multiply-adds/s)"] = measure_prefill(seconds)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement")
+    parser.add_argument("--head", action="store_true", help="only the 28B's head")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    options = parser.parse_args()
+    figures: dict[str, object] = {"machine": platform.processor() or platform.machine()}
+    if not options.head:
+        figures |= measure_all(options.seconds)
+    for name, head in measure_head(4 * options.seconds).items():
+        figures[f"head of {HEAD_ROWS:,} x {COLUMNS:,}, one token, {name} (ms, GB/s)"] = head
     for name, value in figures.items():
         shown = ", ".join(f"{k} {v:.3g}" for k, v in value.items()) if isinstance(value, dict) else value
         print(f"{name}: {shown}")

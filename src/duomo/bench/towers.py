@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from duomo.errors import ConfigError
-from duomo.kernels import Int8Weight
+from duomo.kernels import IntWeight
 from duomo.kernels.reference.packed import unrotate
 from duomo.model.vision import VisionTower
 from duomo.processing.prompt import Grid
@@ -101,7 +101,7 @@ def _plain(module: nn.Module) -> list[tuple[str, Tensor]]:
     return found
 
 
-def _unpacked(weight: Int8Weight) -> Tensor:
+def _unpacked(weight: IntWeight) -> Tensor:
     """As `stored.decode()`, by one product with the rotation's matrix: seconds for a tower, not a minute."""
     rotated = weight.levels().float() * weight.multiplier()[:, None]
     if weight.signs is None:

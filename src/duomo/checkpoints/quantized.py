@@ -21,7 +21,7 @@ import torch
 
 from duomo.errors import CorruptFile, Error, MissingTensor
 from duomo.trellis.code import TrellisCode
-from duomo.trellis.integer import IntTensor, pack_six, unpack_six
+from duomo.trellis.integer import IntTensor
 from duomo.trellis.tensor import TrellisBank, TrellisTensor
 
 FORMAT, VERSION = "duomo-quantized", 1
@@ -128,12 +128,12 @@ class QuantizedFile:
         return TrellisBank(code, codes, scale, (shape[0], shape[1], shape[2]), seed, chain)
 
     def _integers(self, name: str, entry: dict[str, Any], shape: tuple[int, ...], scale: Any) -> IntTensor:
-        if entry["bits"] == 6:
-            packed = self._array(name, "codes", entry, np.uint8)
-            levels = unpack_six(packed.reshape(*shape[:-1], -1))
-        else:
-            levels = self._array(name, "codes", entry, np.int8)
-        return IntTensor(levels.reshape(shape), scale, int(entry["bits"]), entry["seed"])
+        bits = int(entry["bits"])
+        codes = self._array(name, "codes", entry, np.uint8 if bits == 6 else np.int8)
+        tensor = IntTensor(codes.reshape(*shape[:-1], shape[-1] * bits // 8), scale, bits, entry["seed"])
+        if tensor.shape != shape:
+            raise ValueError(f"codes of {tensor.shape}, listed as {shape}")
+        return tensor
 
     def _array(self, name: str, part: str, entry: dict[str, Any], dtype: Any) -> Any:
         key = f"{name}.{part}"
@@ -204,9 +204,8 @@ def _disassemble(tensor: Stored) -> tuple[dict[str, torch.Tensor], dict[str, Any
         return {"": tensor.detach().contiguous().cpu()}, {"kind": "plain", "shape": list(tensor.shape)}
     scale = torch.from_numpy(np.ascontiguousarray(tensor.row_scale))
     if isinstance(tensor, IntTensor):
-        levels = tensor.levels if tensor.bits == 8 else pack_six(tensor.levels)
         entry = {"kind": "int", "bits": tensor.bits, "shape": list(tensor.shape), "seed": tensor.seed}
-        return {"codes": torch.from_numpy(np.ascontiguousarray(levels)), "row_scale": scale}, entry
+        return {"codes": torch.from_numpy(np.ascontiguousarray(tensor.codes)), "row_scale": scale}, entry
     entry = {
         "kind": "trellis",
         "code": tensor.code.name,

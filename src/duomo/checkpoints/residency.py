@@ -23,7 +23,7 @@ from duomo.checkpoints.hot_experts import Bank, HotExperts
 from duomo.checkpoints.inventory import VISION_PARTS, part_of
 from duomo.checkpoints.pages import Range, ask_for, cached_bytes, let_go, mapped_bytes, whole_files
 from duomo.checkpoints.pressure import is_short_of_memory
-from duomo.kernels import Int8Weight, TrellisWeight
+from duomo.kernels import IntWeight, TrellisWeight
 from duomo.model import Ernie
 from duomo.model.packed_layers import PackedExperts
 from duomo.trellis import TrellisBank
@@ -229,10 +229,6 @@ def _arrays(module: nn.Module) -> Iterator[npt.NDArray[Any]]:
     """The packed arrays of one module, as they lie in the file."""
     for value in vars(module).values():
         for weight in value if isinstance(value, tuple) else (value,):
-            if isinstance(weight, Int8Weight):
-                yield weight.stored.levels
-            elif isinstance(weight, TrellisWeight):
+            if isinstance(weight, IntWeight | TrellisWeight):
                 yield weight.stored.codes
-            else:
-                continue
-            yield weight.stored.row_scale
+                yield weight.stored.row_scale

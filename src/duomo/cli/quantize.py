@@ -22,6 +22,7 @@ def quantize(
     budget: Annotated[str, typer.Option(help="Bytes that `--bits auto` may spend, as 9G.")] = "",
     memory: Annotated[str, typer.Option(help="Refuse to start where one layer needs more, as 16G.")] = "",
     code: Annotated[str, typer.Option(help="The 2-bit code: lcc2-10, lcc2-12 or lcc2-14.")] = "lcc2-12",
+    embeddings: Annotated[int, typer.Option(help="Bits of embeddings and head: 8 or 6.")] = 8,
     tune: Annotated[
         bool, typer.Option(help="Tune each layer's scales and norms; needs calibration.")
     ] = False,
@@ -37,6 +38,7 @@ def quantize(
     from duomo.checkpoints import load_config
     from duomo.checkpoints.stream import is_quantized
     from duomo.processing.tokenizer import Tokenizer
+    from duomo.quant import build_plan
     from duomo.quant.memory import check_memory
     from duomo.quant.pipeline import Progress as Step
     from duomo.quant.pipeline import quantize as run
@@ -48,6 +50,7 @@ def quantize(
     config = load_config(source)
     if is_quantized(source):
         raise CheckpointError(f"{source} is quantized already; give the checkpoint it was made from")
+    plan = build_plan(bits, config, preset(code), embeddings)
     prompts = read_prompts(calibration, Tokenizer.load(source), config) if calibration else []
     if memory:
         check_memory(config, sum(len(prompt.ids) for prompt in prompts), memory_bytes)
@@ -64,13 +67,12 @@ def quantize(
         report = run(
             source,
             target,
-            bits,
+            plan,
             prompts,
             budget_bytes,
-            preset(code),
-            threads if threads else len(os.sched_getaffinity(0)),
-            show,
-            tune,
+            num_threads=threads if threads else len(os.sched_getaffinity(0)),
+            progress=show,
+            is_tuned=tune,
         )
     except KeyboardInterrupt:
         bar.stop()

@@ -12,6 +12,7 @@ def synth(
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not hold weights yet.")],
     preset: Annotated[str, typer.Option(help="A model of the family, as vl-28b-a3b.")] = "vl-28b-a3b",
     bits: Annotated[str, typer.Option(help="The bit plan: 2, 2.3 or 4.")] = "2",
+    embeddings: Annotated[int, typer.Option(help="Bits of embeddings and head: 8 or 6.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the random codes.")] = 0,
     skew: Annotated[
         float,
@@ -29,15 +30,17 @@ def synth(
     from rich.progress import Progress
 
     from duomo.model import preset as find_preset
+    from duomo.quant import build_plan
     from duomo.quant.synth import synthesize
 
     config = find_preset(preset)
+    plan = build_plan(bits, config, embedding_bits=embeddings)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"{config.name}, {bits} bits", total=None)
         num_bytes = synthesize(
             config,
             out,
-            bits,
+            plan,
             seed,
             skew,
             tokenizer,

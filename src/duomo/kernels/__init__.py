@@ -39,7 +39,7 @@ from duomo.kernels.weights import (
     NATIVE_BLOCK,
     DenseForm,
     DenseWeight,
-    Int8Weight,
+    IntWeight,
     PackedWeight,
     TrellisWeight,
 )
@@ -53,7 +53,7 @@ __all__ = [
     "DenseForm",
     "DenseWeight",
     "FusedDecoder",
-    "Int8Weight",
+    "IntWeight",
     "LayerWeights",
     "NextTokens",
     "Norm",
@@ -166,7 +166,7 @@ def vision_blocks(
     frames: Sequence[int],
     num_heads: int,
 ) -> Tensor:
-    """The tower's blocks over int8 weights: patches [P, C] of all frames -> [P, C]; `frames` are lengths."""
+    """The tower's blocks over integer weights: patches [P, C] of all frames -> [P, C]; frames are lengths."""
     is_fast = _takes(hidden_PC) and cpu.takes_heads(hidden_PC.shape[-1] // num_heads)
     chosen = cpu.vision_blocks if is_fast else reference.vision_blocks
     return chosen(hidden_PC, blocks, cos_PQ, sin_PQ, frames, num_heads)

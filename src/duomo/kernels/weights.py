@@ -1,4 +1,4 @@
-"""Weights as the kernels take them: a trellis-coded matrix or bank, int8 rows, or plain fp32.
+"""Weights as the kernels take them: a trellis-coded matrix or bank, rows of integers, or plain fp32.
 
 Packed ones borrow the arrays of the stored tensor, which may be a memory-mapped file: nothing is copied or
 unpacked, and an expert that no token chooses is never read. Each makes its native twin once, on first use.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from duomo.trellis import IntTensor, TrellisBank, TrellisTensor, hadamard
+from duomo.trellis.integer import unpack_six
 
 
 @lru_cache(maxsize=256)
@@ -70,11 +71,11 @@ class TrellisWeight:
         )
 
 
-class Int8Weight:
-    """Levels int8 [N, K] with one scale a row: embeddings, heads, the vision tower."""
+class IntWeight:
+    """Levels [N, K] of 8 or 6 bits with one scale a row: embeddings, heads, the vision tower."""
 
     def __init__(self, stored: IntTensor) -> None:
-        assert len(stored.shape) == 2, "an Int8Weight is one matrix"
+        assert len(stored.shape) == 2, "an IntWeight is one matrix"
         self.stored = stored
         self.rows, self.columns = stored.shape
         self.seed = stored.seed
@@ -85,7 +86,17 @@ class Int8Weight:
         return _signs(self.seed, self.columns)
 
     def levels(self, index: int = 0) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self.stored.levels))
+        """int8 [N, K]; six bits are opened."""
+        return torch.from_numpy(np.ascontiguousarray(self.stored.levels()))
+
+    def rows_of(self, ids_T: Tensor) -> Tensor:
+        """int8 [..., K]: the levels of some rows. Nothing of the others is read."""
+        codes = self._codes[ids_T]
+        return codes if self.stored.bits == 8 else torch.from_numpy(unpack_six(codes.numpy()))
+
+    @cached_property
+    def _codes(self) -> Tensor:
+        return torch.from_numpy(self.stored.codes)
 
     def multiplier(self, index: int = 0) -> Tensor:
         return torch.from_numpy(self.stored.row_multiplier())
@@ -95,14 +106,15 @@ class Int8Weight:
         from duomo import _native
 
         return _native.Integers(
-            levels=np.ascontiguousarray(self.stored.levels),
+            codes=np.ascontiguousarray(self.stored.codes).view(np.uint8),
             row_scale=np.ascontiguousarray(self.stored.row_scale).view(np.uint16),
+            bits=self.stored.bits,
             block=self.block,
             signs=_sign_array(self.seed, self.columns),
         )
 
 
-PackedWeight = TrellisWeight | Int8Weight
+PackedWeight = TrellisWeight | IntWeight
 
 NATIVE_BLOCK = 16
 """Narrowest block of activations the native kernels take; narrower widths go through the reference."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from duomo.errors import MissingTensor, ShapeMismatch, UnexpectedTensor
-from duomo.kernels.weights import NATIVE_BLOCK, Int8Weight, TrellisWeight
+from duomo.kernels.weights import NATIVE_BLOCK, IntWeight, TrellisWeight
 from duomo.model.attention import Attention
 from duomo.model.config import ModelConfig
 from duomo.model.ernie import Embedding, Ernie
@@ -71,9 +71,9 @@ def _place(
     if isinstance(tensor, TrellisBank):
         halves[name] = tensor
     elif isinstance(tensor, IntTensor) and isinstance(module, Embedding) and _fits(tensor):
-        _replace(model, path, PackedEmbedding(Int8Weight(tensor), dtype))
+        _replace(model, path, PackedEmbedding(IntWeight(tensor), dtype))
     elif isinstance(module, Linear) and leaf == "weight" and not isinstance(tensor, Tensor) and _fits(tensor):
-        weight = TrellisWeight(tensor) if isinstance(tensor, TrellisTensor) else Int8Weight(tensor)
+        weight = TrellisWeight(tensor) if isinstance(tensor, TrellisTensor) else IntWeight(tensor)
         _replace(model, path, PackedLinear(weight, module.bias))
     else:
         _set_plain(module, leaf, tensor, dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from duomo import kernels
 from duomo.kernels.reference.packed import unrotate
-from duomo.kernels.weights import Int8Weight, PackedWeight, TrellisWeight
+from duomo.kernels.weights import IntWeight, PackedWeight, TrellisWeight
 from duomo.model.experts import Router, note_choice
 from duomo.model.inputs import Batch, KVCache
 from duomo.model.layers import RMSNorm
@@ -34,17 +34,16 @@ class PackedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """Rows of int8, rotated: looked up and turned back, or the head. Rows come out in `dtype`."""
+    """Rows of integers, rotated: looked up and turned back, or the head. Rows come out in `dtype`."""
 
-    def __init__(self, weight: Int8Weight, dtype: torch.dtype) -> None:
+    def __init__(self, weight: IntWeight, dtype: torch.dtype) -> None:
         super().__init__()
         self.packed = weight
         self.dtype = dtype
-        self._levels = torch.from_numpy(weight.stored.levels)
         self._scale = torch.from_numpy(weight.stored.row_scale)
 
     def forward(self, ids_T: Tensor) -> Tensor:
-        rotated = self._levels[ids_T].float() * self._scale[ids_T].float()[..., None]
+        rotated = self.packed.rows_of(ids_T).float() * self._scale[ids_T].float()[..., None]
         return unrotate(rotated, self.packed.signs, self.packed.block).to(self.dtype)
 
     def unembed(self, hidden_TD: Tensor) -> Tensor:

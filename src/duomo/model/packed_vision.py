@@ -1,7 +1,7 @@
-"""The blocks of a packed vision tower as one call: int8 products, attention within frames, fp32 in between.
+"""The blocks of a packed vision tower as one call: packed products, attention within frames, fp32 in between.
 
 The blocks stay modules under their own names, so whoever walks over a model finds the packed weights where
-the plain ones stood. A tower with anything else than int8 matrices and biases keeps the plain blocks.
+the plain ones stood. A tower with anything else than integer matrices and biases keeps the plain blocks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from duomo import kernels
-from duomo.kernels import Affine, BlockWeights, Int8Weight, Norm
+from duomo.kernels import Affine, BlockWeights, IntWeight, Norm
 from duomo.model.layers import LayerNorm
 from duomo.model.rope import Rotation
 from duomo.model.vision import VisionBlock, VisionBlocks
@@ -48,7 +48,7 @@ def _weights(block: nn.Module) -> BlockWeights | None:
 
 def _affine(layer: Any) -> Affine | None:
     weight = getattr(layer, "packed", None)
-    return Affine(weight, layer.bias) if isinstance(weight, Int8Weight) and layer.bias is not None else None
+    return Affine(weight, layer.bias) if isinstance(weight, IntWeight) and layer.bias is not None else None
 
 
 def _norm(norm: LayerNorm) -> Norm:

@@ -2,9 +2,10 @@
 
 Presets: `2` puts routed experts at 2 bits, `2.3` the first and last expert layers at 4 (but the last one's
 vision experts, which no text token hears), `4` all of them. In all of them attention, shared experts and
-dense layers take 4 bits, embeddings, head, tower and resampler 8, norms, biases and routers float32. `auto`
-starts from `2` and raises banks of experts to 4 bits, the most KL saved per byte first, until a budget of
-bytes is spent. A shape the trellis cannot hold is stored at 8 bits.
+dense layers take 4 bits, embeddings, head, tower and resampler 8 (embeddings and head 6 where that is asked
+for), norms, biases and routers float32. `auto` starts from `2` and raises banks of experts to 4 bits, the
+most KL saved per byte first, until a budget of bytes is spent. A shape the trellis cannot hold is stored at
+8 bits.
 """
 
 from __future__ import annotations
@@ -74,8 +75,15 @@ class BitPlan:
         return size * bits // 8 + scales
 
 
-def build_plan(bits: str, config: ModelConfig, two: TrellisCode = LCC2_12) -> BitPlan:
-    """The preset of that name; `auto` begins as `2`. ConfigError for any other, or a code not of 2 bits."""
+def build_plan(
+    bits: str, config: ModelConfig, two: TrellisCode = LCC2_12, embedding_bits: int = 8
+) -> BitPlan:
+    """The preset of that name; `auto` begins as `2`. `embedding_bits` are of embeddings and head, 8 or 6.
+
+    ConfigError for any other, or a code not of 2 bits.
+    """
+    if embedding_bits not in (8, 6):
+        raise ConfigError(f"embeddings of {embedding_bits} bits; there are 8 and 6", bits=embedding_bits)
     if two.bits != 2:
         raise ConfigError(f"{two.name} is a code of {two.bits} bits; the 2-bit codes are named lcc2-*")
     layers = [index for index, has_experts in enumerate(config.expert_layers) if has_experts]
@@ -85,7 +93,8 @@ def build_plan(bits: str, config: ModelConfig, two: TrellisCode = LCC2_12) -> Bi
     banks = {f"{layer}.{modality}" for layer in raised[bits] for modality in ("text", "vision")}
     if bits == "2.3" and layers:
         banks.discard(f"{layers[-1]}.vision")  # its output reaches no text token
-    return BitPlan(bits, frozenset(banks), two=two)
+    embedding = Kind.INT8 if embedding_bits == 8 else Kind.INT6
+    return BitPlan(bits, frozenset(banks), embedding, two=two)
 
 
 def raise_banks(

@@ -30,7 +30,7 @@ from duomo.quant.placeholder_tokenizer import write_placeholder_tokenizer
 from duomo.quant.plan import BitPlan, Kind, build_plan
 from duomo.quant.popularity import correction_bias, popularity
 from duomo.trellis.code import TrellisCode
-from duomo.trellis.integer import IntTensor
+from duomo.trellis.integer import int_tensor
 from duomo.trellis.packing import default_chain
 from duomo.trellis.tensor import TrellisBank, TrellisTensor
 
@@ -42,7 +42,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 def synthesize(
     config: ModelConfig,
     folder: str | Path,
-    bits: str = "2",
+    bits: str | BitPlan = "2",
     seed: int = 0,
     skew: float = 0.0,
     tokenizer: Path | None = None,
@@ -51,9 +51,10 @@ def synthesize(
     """Writes the checkpoint and returns its bytes. `progress(bytes so far, of all)` after each file.
 
     `skew` is the exponent by which the popularity of experts falls with their rank (`quant.popularity`); at 0
-    random routers spread tokens evenly. CheckpointError if the folder holds weights, or the disk has no room.
+    random routers spread tokens evenly. `bits` is a preset's name or a plan of one's own. CheckpointError if
+    the folder holds weights, or the disk has no room.
     """
-    folder, plan = Path(folder), build_plan(bits, config)
+    folder, plan = Path(folder), bits if isinstance(bits, BitPlan) else build_plan(bits, config)
     shapes = parameter_shapes(config)
     total = sum(plan.num_bytes(name, shape) for name, shape in shapes.items())
     _check_target(folder, total)
@@ -121,7 +122,7 @@ def _draw(
     top = (1 << (bits - 1)) - 1
     levels = generator.integers(-top, top + 1, shape, np.int8)
     spread = top / 3**0.5  # of a uniform level
-    return IntTensor(levels, np.full(shape[:-1], deviation / spread, np.float16), bits, seed)
+    return int_tensor(levels, np.full(shape[:-1], deviation / spread, np.float16), bits, seed)
 
 
 def _deviation(name: str, shape: Shape, config: ModelConfig) -> float:

@@ -1,7 +1,7 @@
 """Plain integers with one scale a row: embeddings, heads and the vision tower, where bits are cheap.
 
 8 bits in [-127, 127] or 6 in [-31, 31], rotated like the trellis tensors so that int8 activations serve both.
-Six-bit levels are stored four to three bytes and opened when loaded: kernels only ever see int8.
+Six-bit levels stay four to three bytes from the file into the kernels: only `levels` opens them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ F32 = npt.NDArray[np.float32]
 class IntTensor:
     """W[..., N, K] = unrotate(row_scale[..., n] * levels[..., n, k]).
 
-    levels int8 [..., N, K]; row_scale float16 [..., N]; seed of the rotation, None where there is none.
+    codes int8 [..., N, K] at 8 bits, uint8 [..., N, 3K/4] at 6 (`pack_six`); row_scale float16 [..., N];
+    seed of the rotation, None where there is none.
     """
 
-    levels: npt.NDArray[np.int8]
+    codes: npt.NDArray[np.int8] | npt.NDArray[np.uint8]
     row_scale: npt.NDArray[np.float16]
     bits: int
     seed: int | None
@@ -32,30 +33,46 @@ class IntTensor:
     def __post_init__(self) -> None:
         if self.bits not in (6, 8):
             raise ConfigError(f"integers of {self.bits} bits; there are 6 and 8")
-        if self.levels.shape[:-1] != self.row_scale.shape:
-            raise ShapeMismatch(f"{self.row_scale.shape} scales for levels of {self.levels.shape}")
+        if self.codes.dtype != (np.int8 if self.bits == 8 else np.uint8):
+            raise ConfigError(f"{self.bits} bits as {self.codes.dtype}; 8 are int8, 6 are packed into uint8")
+        if self.codes.shape[:-1] != self.row_scale.shape:
+            raise ShapeMismatch(f"{self.row_scale.shape} scales for codes of {self.codes.shape}")
+        if self.bits == 6 and self.codes.shape[-1] % 3:
+            raise ShapeMismatch(f"rows of {self.codes.shape[-1]} bytes; six-bit levels take three for four")
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.levels.shape
+        return (*self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.bits)
 
     @property
     def num_bytes(self) -> int:
-        return self.levels.size * self.bits // 8 + self.row_scale.nbytes
+        return self.codes.nbytes + self.row_scale.nbytes
+
+    def levels(self) -> npt.NDArray[np.int8]:
+        """int8 [..., N, K], in the rotated basis."""
+        return unpack_six(self.codes.view(np.uint8)) if self.bits == 6 else self.codes.view(np.int8)
 
     def row_multiplier(self) -> F32:
         return self.row_scale.astype(np.float32)
 
     def decode(self) -> F32:
         """float32 in the original basis."""
-        rotated = self.levels.astype(np.float32) * self.row_multiplier()[..., None]
+        rotated = self.levels().astype(np.float32) * self.row_multiplier()[..., None]
         return rotated if self.seed is None else hadamard.unrotate(rotated, self.seed)
+
+
+def int_tensor(
+    levels: npt.NDArray[np.int8], row_scale: npt.NDArray[np.float16], bits: int, seed: int | None
+) -> IntTensor:
+    """Of levels int8 [..., N, K], packed where they have 6 bits."""
+    return IntTensor(pack_six(levels) if bits == 6 else levels, row_scale, bits, seed)
 
 
 def encode_int(weight: F32, bits: int = 8, seed: int | None = 0) -> IntTensor:
     """Rounds each row to `bits` bits; the largest value of a row is its largest level.
 
-    Of the scales tried for 6 bits, each row keeps the one of least squared error. ConfigError unless finite.
+    Of the scales tried for 6 bits, each row keeps the one of least squared error. ConfigError unless finite,
+    ShapeMismatch for six bits of rows that are no multiple of 4.
     """
     if not np.isfinite(weight).all():
         raise ConfigError("weights to encode hold NaN or infinity; they must be finite")
@@ -72,19 +89,21 @@ def encode_int(weight: F32, bits: int = 8, seed: int | None = 0) -> IntTensor:
         best = np.where(better, error, best)
         levels = np.where(better, rounded.astype(np.int8), levels)
         scale = np.where(better, tried, scale)
-    return IntTensor(levels, scale[..., 0], bits, seed)
+    return int_tensor(levels, scale[..., 0], bits, seed)
 
 
 def pack_six(levels: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
     """int8 [..., K] in [-31, 31], K % 4 == 0 -> uint8 [..., 3K/4]: four levels plus 32, low bits first."""
     if levels.shape[-1] % 4:
         raise ShapeMismatch(f"rows of {levels.shape[-1]} six-bit levels; it must be a multiple of 4")
-    a, b, c, d = np.moveaxis((levels + 32).astype(np.uint8).reshape(*levels.shape[:-1], -1, 4), -1, 0)
-    return np.stack((a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2), axis=-1).reshape(*levels.shape[:-1], -1)
+    *outer, width = levels.shape
+    a, b, c, d = np.moveaxis((levels + 32).astype(np.uint8).reshape(*outer, width // 4, 4), -1, 0)
+    return np.stack((a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2), axis=-1).reshape(*outer, width // 4 * 3)
 
 
 def unpack_six(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:
     """The inverse of `pack_six`."""
-    x, y, z = np.moveaxis(packed.reshape(*packed.shape[:-1], -1, 3), -1, 0)
+    *outer, width = packed.shape
+    x, y, z = np.moveaxis(packed.reshape(*outer, width // 3, 3), -1, 0)
     levels = np.stack((x & 63, (x >> 6 | y << 2) & 63, (y >> 4 | z << 4) & 63, z >> 2), axis=-1)
-    return levels.reshape(*packed.shape[:-1], -1).astype(np.int8) - np.int8(32)
+    return levels.reshape(*outer, width // 3 * 4).astype(np.int8) - np.int8(32)

@@ -12,7 +12,7 @@ from torch import Tensor
 from duomo.errors import KernelError
 from duomo.kernels.reference.packed import Activations
 from duomo.kernels.reference.router import Routing
-from duomo.kernels.weights import Int8Weight, PackedWeight, TrellisWeight
+from duomo.kernels.weights import IntWeight, PackedWeight, TrellisWeight
 
 
 def plain(x: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def packed_linear(x: Tensor, weight: PackedWeight, index: int = 0) -> Tensor:
         raise KernelError(f"inputs of width {x.shape[-1]} for a matrix of {weight.rows} x {weight.columns}")
     rows = plain(x).reshape(-1, weight.columns)
     out = torch.empty(rows.shape[0], weight.rows)
-    if isinstance(weight, Int8Weight):
+    if isinstance(weight, IntWeight):
         weight.native.linear(rows.data_ptr(), rows.shape[0], out.data_ptr())
     else:
         weight.native.linear(index, rows.data_ptr(), rows.shape[0], out.data_ptr())

@@ -1,4 +1,4 @@
-"""The vision tower's blocks over int8 weights, fp32 between products: the specification of csrc/vision.*.
+"""The vision tower's blocks over integer weights, fp32 between products: the specification of csrc/vision.*.
 
 Attention is full within a frame. Scaled queries, keys, values and unnormalised weights are rounded to bf16,
 sums are fp32. The native twin walks over the keys with a running maximum, so the two agree to the rounding of
@@ -17,7 +17,7 @@ from torch import Tensor
 from duomo.kernels.reference.norm import layernorm
 from duomo.kernels.reference.packed import packed_linear
 from duomo.kernels.reference.rope import rotate_halves
-from duomo.kernels.weights import Int8Weight
+from duomo.kernels.weights import IntWeight
 
 
 class Norm(NamedTuple):
@@ -34,7 +34,7 @@ class Norm(NamedTuple):
 class Affine(NamedTuple):
     """x W^T + b by int8 activations."""
 
-    weight: Int8Weight
+    weight: IntWeight
     bias: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
