@@ -2,7 +2,7 @@
 // (-DDUOMO_SANITIZE=ON), and under qemu for NEON:
 //
 //   aarch64-linux-gnu-g++ -std=c++20 -O2 -static -Wno-psabi -ffp-contract=off -march=armv8.2-a+dotprod
-//       csrc/kernels_check.cpp csrc/{code,cpu,dense,pairs,pool,packed,experts,vision}.cpp csrc/{dense,packed,rotate,vision}_*.cpp -o check
+//       csrc/kernels_check.cpp csrc/{code,cpu,dense,pairs,pool,packed,experts,many_tokens,vision}.cpp csrc/{dense,packed,rotate,vision}_*.cpp -o check
 //   qemu-aarch64 ./check
 //
 // Python's tests compare with the reference; this one finds reads and writes outside, and knows no Python.

@@ -104,6 +104,9 @@ def pack_six(levels: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
 def unpack_six(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:
     """The inverse of `pack_six`."""
     *outer, width = packed.shape
-    x, y, z = np.moveaxis(packed.reshape(*outer, width // 3, 3), -1, 0)
-    levels = np.stack((x & 63, (x >> 6 | y << 2) & 63, (y >> 4 | z << 4) & 63, z >> 2), axis=-1)
-    return levels.reshape(*outer, width // 3 * 4).astype(np.int8) - np.int8(32)
+    threes = packed.reshape(*outer, width // 3, 3)
+    x, y, z = threes[..., 0], threes[..., 1], threes[..., 2]
+    fours = np.empty((*outer, width // 3, 4), np.uint8)
+    fours[..., 0], fours[..., 1], fours[..., 2], fours[..., 3] = x, x >> 6 | y << 2, y >> 4 | z << 4, z >> 2
+    fours &= 63
+    return fours.reshape(*outer, width // 3 * 4).view(np.int8) - np.int8(32)
