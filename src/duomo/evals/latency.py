@@ -55,14 +55,15 @@ def asked_both_ways(pools: Pools, num: int) -> list[tuple[Question, Question]]:
 
 
 def compare_modes(model: LLM, pairs: Sequence[tuple[Question, Question]]) -> dict[str, Any]:
-    """Seconds to the whole answer, the modes taking turns; the first pair only warms up."""
+    """Seconds from an encoded picture to the whole answer, by turns; the first pair only warms up."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for pair in [pairs[0], *pairs]:
         model.reset_caches()
         for question, found in zip(pair, seconds, strict=True):
             params = SamplingParams(max_tokens=MAX_TOKENS, thinking="on" if question.thinking else "off")
+            message = message_of(question)  # encoding the picture is the asker's work
             begun = time.perf_counter()
-            model.chat([message_of(question)], params)
+            model.chat([message], params)
             found.append(time.perf_counter() - begun)
             model.reset_caches()
     direct, thinking = (statistics.median(found[1:]) for found in seconds)
