@@ -5,8 +5,10 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <optional>
 #include <vector>
 
+#include "dense.hpp"
 #include "experts.hpp"
 
 namespace duomo {
@@ -29,7 +31,15 @@ struct Trellis {
 struct Integers {
     Array<uint8_t> codes;
     Array<uint16_t> row_scale;
-    IntRows rows;
+    IntRows bank;
+};
+
+// A plain matrix [N, K] or bank [E, N, K], and a bias [N] or none; borrowed, or copied into panels.
+struct Dense {
+    Array<float> weight;
+    std::optional<Array<float>> bias;
+    std::vector<uint32_t> pairs;
+    DenseBank bank;
 };
 
 }  // namespace duomo

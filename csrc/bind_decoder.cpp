@@ -4,7 +4,6 @@
 #include <nanobind/stl/optional.h>
 
 #include <algorithm>
-#include <optional>
 
 #include "bind.hpp"
 #include "decoder.hpp"
@@ -14,14 +13,6 @@ namespace nb = nanobind;
 namespace {
 
 using namespace duomo;
-
-// A plain matrix [N, K] or bank [E, N, K], and a bias [N] or none; borrowed, or copied into panels.
-struct Dense {
-    Array<float> weight;
-    std::optional<Array<float>> bias;
-    std::vector<uint32_t> pairs;
-    DenseBank bank;
-};
 
 void make_dense(Dense* self, Array<float> weight, std::optional<Array<float>> bias, int form) {
     const size_t ndim = weight.ndim();

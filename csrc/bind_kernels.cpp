@@ -68,8 +68,8 @@ void trellis_linear(const Trellis& self, int64_t expert, Address x, int64_t toke
 void integers_linear(const Integers& self, Address x, int64_t tokens, Address y) {
     nb::gil_scoped_release release;
     static thread_local ActivationBuffer buffer;
-    const IntMatrix& matrix = self.rows.matrix;
-    linear(matrix, buffer.fill(at<float>(x), self.rows.signs_or_null(), tokens, matrix.columns, matrix.block),
+    const IntMatrix& matrix = self.bank.matrix;
+    linear(matrix, buffer.fill(at<float>(x), self.bank.signs_or_null(), tokens, matrix.columns, matrix.block),
            at<float>(y));
 }
 

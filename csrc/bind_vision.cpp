@@ -21,11 +21,49 @@ struct Norm {
     }
 };
 
-VisionLinear view(const Integers& layer, const Array<float>& bias, int64_t rows, int64_t columns) {
-    const IntMatrix& matrix = layer.rows.matrix;
-    if (matrix.rows != rows || matrix.columns != columns || int64_t(bias.size()) != rows || rows % 16)
-        throw nb::value_error("the block's matrices and biases do not fit one another");
-    return {&layer.rows, bias.data()};
+int64_t rows_of(const IntRows& own) { return own.matrix.rows; }
+int64_t rows_of(const DenseBank& own) { return own.rows; }
+int64_t columns_of(const IntRows& own) { return own.matrix.columns; }
+int64_t columns_of(const DenseBank& own) { return own.columns; }
+bool is_one(const IntRows&) { return true; }
+bool is_one(const DenseBank& own) { return own.count == 1 && !own.bias; }
+
+// A block's weights, and the Python objects whose memory they point into. `Stored` is Integers or Dense.
+template <class Stored>
+struct Block {
+    using Matrix = decltype(Stored::bank);
+    VisionBlock<Matrix> own;
+    std::vector<nb::object> kept;
+
+    // `rows` 0: any number of them.
+    VisionLinear<Matrix> linear(nb::handle object, nb::handle bias, int64_t rows, int64_t columns) {
+        const Matrix& matrix = nb::cast<const Stored&>(object).bank;
+        const auto added = nb::cast<Array<float>>(bias);
+        if (!is_one(matrix) || (rows && rows_of(matrix) != rows) || columns_of(matrix) != columns ||
+            int64_t(added.size()) != rows_of(matrix) || rows_of(matrix) % 16)
+            throw nb::value_error("the block's matrices and biases do not fit one another");
+        kept.push_back(nb::borrow(object));
+        kept.push_back(nb::cast(added));
+        return {&matrix, added.data()};
+    }
+
+    VisionNorm norm(nb::handle object, int64_t width) {
+        kept.push_back(nb::borrow(object));
+        return nb::cast<const Norm&>(object).view(width);
+    }
+};
+
+// norms are two; matrices and biases those of qkv, out, fc1, fc2.
+template <class Stored>
+void make_block(Block<Stored>* self, nb::tuple norms, nb::tuple matrices, nb::tuple biases) {
+    auto* block = new (self) Block<Stored>{};
+    const int64_t width = columns_of(nb::cast<const Stored&>(matrices[0]).bank);
+    block->own.norm1 = block->norm(norms[0], width);
+    block->own.qkv = block->linear(matrices[0], biases[0], 3 * width, width);
+    block->own.out = block->linear(matrices[1], biases[1], width, width);
+    block->own.norm2 = block->norm(norms[1], width);
+    block->own.fc1 = block->linear(matrices[2], biases[2], 0, width);
+    block->own.fc2 = block->linear(matrices[3], biases[3], width, rows_of(*block->own.fc1.matrix));
 }
 
 Heads checked(int64_t num_heads, int64_t head_dim) {
@@ -45,46 +83,107 @@ int64_t sum(const Array<int64_t>& lengths) {
     return patches;
 }
 
-void run_frame_attention(VisionScratch& scratch, Address query, Address key, Address value, Array<int64_t> lengths,
-                         int64_t num_heads, int64_t head_dim, Address out) {
+void run_frame_attention(Address query, Address key, Address value, Array<int64_t> lengths, int64_t num_heads,
+                         int64_t head_dim, bool is_rounded, Address out) {
     const Heads heads = checked(num_heads, head_dim);
     sum(lengths);
     nb::gil_scoped_release release;
-    frame_attention(scratch, at<float>(query), at<float>(key), at<float>(value), view(lengths), heads, at<float>(out));
+    frame_attention(at<float>(query), at<float>(key), at<float>(value), view(lengths), heads, is_rounded,
+                    at<float>(out));
 }
 
-void run_vision_attention(VisionScratch& scratch, Address hidden, const Norm& norm, const Integers& qkv,
-                          Array<float> qkv_bias, const Integers& out, Array<float> out_bias, Address cos, Address sin,
-                          Array<int64_t> lengths, int64_t num_heads, int64_t head_dim) {
-    const Heads heads = checked(num_heads, head_dim);
-    const int64_t width = num_heads * head_dim;
-    const VisionLinear first = view(qkv, qkv_bias, 3 * width, width), second = view(out, out_bias, width, width);
-    const VisionNorm own = norm.view(width);
+template <class Stored>
+Heads heads_of(const Block<Stored>& block, int64_t num_heads) {
+    const int64_t width = columns_of(*block.own.qkv.matrix);
+    if (num_heads < 1 || width % num_heads) throw nb::value_error("heads do not divide the width");
+    return checked(num_heads, width / num_heads);
+}
+
+template <class Stored>
+void run_attention(const Block<Stored>& self, Address hidden, Address cos, Address sin, Array<int64_t> lengths,
+                   int64_t num_heads) {
+    const Heads heads = heads_of(self, num_heads);
     sum(lengths);
     nb::gil_scoped_release release;
-    vision_attention(scratch, at<float>(hidden), own, first, second, at<float>(cos), at<float>(sin), view(lengths),
-                     heads);
+    VisionScratch scratch;
+    vision_attention(scratch, at<float>(hidden), self.own, at<float>(cos), at<float>(sin), view(lengths), heads);
 }
 
-void run_vision_mlp(VisionScratch& scratch, Address hidden, int64_t patches, const Norm& norm, const Integers& fc1,
-                    Array<float> fc1_bias, const Integers& fc2, Array<float> fc2_bias) {
-    const int64_t width = fc1.rows.matrix.columns, size = fc1.rows.matrix.rows;
-    const VisionLinear first = view(fc1, fc1_bias, size, width), second = view(fc2, fc2_bias, width, size);
-    const VisionNorm own = norm.view(width);
+template <class Stored>
+void run_mlp(const Block<Stored>& self, Address hidden, int64_t patches) {
     nb::gil_scoped_release release;
-    vision_mlp(scratch, at<float>(hidden), patches, own, first, second);
+    VisionScratch scratch;
+    vision_mlp(scratch, at<float>(hidden), patches, self.own);
+}
+
+// All blocks, and the ends of a plain tower.
+template <class Stored>
+struct Tower {
+    VisionStack<decltype(Stored::bank)> stack;
+    VisionEnds ends;
+    std::vector<nb::object> kept;
+};
+
+template <class Stored>
+void make_tower(Tower<Stored>* self, nb::list blocks, int64_t num_heads) {
+    auto* tower = new (self) Tower<Stored>{};
+    for (nb::handle object : blocks) {
+        const auto& block = nb::cast<const Block<Stored>&>(object);
+        tower->stack.heads = heads_of(block, num_heads);
+        if (!tower->stack.blocks.empty() &&
+            columns_of(*block.own.qkv.matrix) != columns_of(*tower->stack.blocks[0].qkv.matrix))
+            throw nb::value_error("the blocks are not of one width");
+        tower->stack.blocks.push_back(block.own);
+        tower->kept.push_back(nb::borrow(object));
+    }
+}
+
+template <class Stored>
+void run_blocks(const Tower<Stored>& self, Address hidden, Address cos, Address sin, Array<int64_t> lengths) {
+    sum(lengths);
+    nb::gil_scoped_release release;
+    run_blocks(self.stack, at<float>(hidden), at<float>(cos), at<float>(sin), view(lengths));
+}
+
+void set_ends(Tower<Dense>& self, nb::handle embed, nb::handle norm) {
+    const DenseBank& own = nb::cast<const Dense&>(embed).bank;
+    if (!is_one(own) || self.stack.blocks.empty() || own.rows != self.stack.heads.count * self.stack.heads.head_dim)
+        throw nb::value_error("the embedding does not fit the blocks");
+    self.ends = {&own, nb::cast<const Norm&>(norm).view(own.rows)};
+    self.kept.push_back(nb::borrow(embed));
+    self.kept.push_back(nb::borrow(norm));
+}
+
+void run_whole(const Tower<Dense>& self, Address patches, Address cos, Address sin, Array<int64_t> lengths,
+               Address out) {
+    if (!self.ends.embed) throw nb::value_error("the tower has no ends");
+    sum(lengths);
+    nb::gil_scoped_release release;
+    run_tower(self.stack, self.ends, at<float>(patches), at<float>(cos), at<float>(sin), view(lengths), at<float>(out));
+}
+
+template <class Stored>
+nb::class_<Tower<Stored>> bind_one(nb::module_& m, const char* block, const char* tower) {
+    nb::class_<Block<Stored>>(m, block, "A block's weights.")
+        .def("__init__", &make_block<Stored>, nb::arg("norms"), nb::arg("matrices"), nb::arg("biases"))
+        .def("attention", &run_attention<Stored>)
+        .def("mlp", &run_mlp<Stored>);
+    return nb::class_<Tower<Stored>>(m, tower, "All blocks of a tower as one call.")
+        .def("__init__", &make_tower<Stored>, nb::arg("blocks"), nb::arg("num_heads"))
+        .def("run_blocks", &::run_blocks<Stored>);
 }
 
 }  // namespace
 
 void bind_vision(nb::module_& m) {
-    nb::class_<VisionScratch>(m, "VisionScratch", "Memory of one pass through the tower.").def(nb::init<>());
     nb::class_<Norm>(m, "Norm", "A LayerNorm's weight and bias.")
         .def(
             "__init__",
             [](Norm* self, Array<float> weight, Array<float> bias, float eps) { new (self) Norm{weight, bias, eps}; },
             nb::arg("weight"), nb::arg("bias"), nb::arg("eps"));
     m.def("frame_attention", &run_frame_attention);
-    m.def("vision_attention", &run_vision_attention);
-    m.def("vision_mlp", &run_vision_mlp);
+    bind_one<Integers>(m, "VisionBlock", "Tower");
+    bind_one<Dense>(m, "DenseVisionBlock", "DenseTower")
+        .def("set_ends", &set_ends, nb::arg("embed"), nb::arg("norm"))
+        .def("run", &run_whole);
 }

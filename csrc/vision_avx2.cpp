@@ -2,10 +2,7 @@
 #if defined(__AVX2__)
 #include "vision_lanes.hpp"
 
-namespace {
-constexpr duomo::VisionKernels kernels = {layernorm, add_gelu, add_residual, narrow, score, soften, gather};
-}
-const duomo::VisionKernels* const duomo::vision_avx2 = &kernels;
+const duomo::VisionKernels* const duomo::vision_avx2 = &kernels_of_lanes;
 #else
 #include "vision.hpp"
 

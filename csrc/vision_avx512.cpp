@@ -1,8 +1,8 @@
 // AVX-512 with BF16: vdpbf16ps adds two bf16 products to each of 16 sums, one a cycle on Zen 4.
 //
 // Both products keep their sums in registers over a whole walk: 6 queries x 64 keys are 24 sums, fed by 4 loads and 6
-// broadcasts; 5 queries x 80 values are 25, fed by 5 loads and 5 broadcasts. The softmax between them costs about 10
-// cycles for 16 scores, where the products cost 2 * H / 2 = 80.
+// broadcasts; 5 queries x 80 values are 25, fed by 5 loads and 5 broadcasts. The softmax between them costs about 15
+// cycles for 16 scores, where the products cost 2 * H / 2 = 80; it is that of the lanes, operation by operation.
 #if defined(__AVX512BF16__)
 #include "vision_lanes.hpp"
 
@@ -10,7 +10,7 @@
 
 namespace {
 
-__m512bh load_pairs(const uint16_t* p) { return __m512bh(_mm512_loadu_si512(p)); }
+__m512bh load_bf16(const uint16_t* p) { return __m512bh(_mm512_loadu_si512(p)); }
 
 __m512bh broadcast_pair(const uint16_t* p) {
     int32_t pair;
@@ -24,8 +24,8 @@ void score_rows(const uint16_t* query, const uint16_t* panel, int64_t head_dim, 
 #pragma GCC unroll 6
     for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = _mm512_setzero_ps();
     for (int64_t h = 0; h < head_dim; h += 2, panel += 2 * duomo::kKeyPanel) {
-        const __m512bh k0 = load_pairs(panel), k1 = load_pairs(panel + 32), k2 = load_pairs(panel + 64),
-                       k3 = load_pairs(panel + 96);
+        const __m512bh k0 = load_bf16(panel), k1 = load_bf16(panel + 32), k2 = load_bf16(panel + 64),
+                       k3 = load_bf16(panel + 96);
 #pragma GCC unroll 6
         for (int r = 0; r < rows; ++r) {
             const __m512bh q = broadcast_pair(query + r * head_dim + h);
@@ -49,15 +49,14 @@ void score_fast(const uint16_t* query, int64_t rows, const uint16_t* panel, int6
     if (rows) score_rows<1>(query, panel, head_dim, scores, stride);
 }
 
-// 2^x for x <= 0, as in the lanes; vscalefps takes any power, down to zero.
+// 2^x for x <= 0: the lanes' operations, the last of which vscalefps does at once.
 __m512 power_of_two_fast(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
     const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(1.33335581e-3f), _mm512_set1_ps(9.61812911e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.55041087e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.40226507e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93147181e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
+    const auto step = [&](__m512 p, float next) { return _mm512_add_ps(_mm512_mul_ps(p, r), _mm512_set1_ps(next)); };
+    __m512 p = step(_mm512_set1_ps(1.33335581e-3f), 9.61812911e-3f);
+    p = step(step(p, 5.55041087e-2f), 2.40226507e-1f);
+    return _mm512_scalef_ps(step(step(p, 6.93147181e-1f), 1.0f), n);
 }
 
 // Lanes of 16 keys from u on that are real.
@@ -92,8 +91,8 @@ float soften_row(const float* scores, int64_t count, int64_t padded, float* most
     }
     const float factor = _mm512_cvtss_f32(power_of_two_fast(_mm512_set1_ps(*most - raised)));
     *most = raised;
-    *total = *total * factor +
-             _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+    const __m512 all_four = _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
+    *total = *total * factor + sum_lanes(F32x16(all_four));
     return factor;
 }
 
@@ -113,7 +112,7 @@ void gather_rows(const uint16_t* weights, int64_t stride, const float* factor, c
     for (int64_t u = 0; u < keys; u += 2, values += 2 * head_dim) {
         __m512bh v[parts];
 #pragma GCC unroll 8
-        for (int part = 0; part < parts; ++part) v[part] = load_pairs(values + 32 * part);
+        for (int part = 0; part < parts; ++part) v[part] = load_bf16(values + 32 * part);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
             const __m512bh w = broadcast_pair(weights + r * stride + u);
@@ -148,8 +147,11 @@ void gather_fast(const uint16_t* weights, int64_t stride, const float* factor, i
         gather_parts<6, 1>(weights, stride, factor, rows, values + 2 * h, keys, head_dim, out + h);
 }
 
-constexpr duomo::VisionKernels kernels = {layernorm,  add_gelu,    add_residual, narrow,
-                                          score_fast, soften_fast, gather_fast};
+constexpr duomo::VisionKernels kernels = {layernorm,
+                                          add_gelu,
+                                          add_residual,
+                                          {narrow, score_fast, soften_fast, gather_fast},
+                                          {narrow, score, soften, gather}};
 
 }  // namespace
 

@@ -1,5 +1,6 @@
 // The one source of vision.hpp's kernels, compiled once per instruction set; see rotate_lanes.hpp. bf16 is widened to
-// fp32 as it is used: a dword holds two of them, the first in its low half.
+// fp32 as it is used: a dword holds two of them, the first in its low half. Of a pair the second is added first, as
+// vdpbf16ps does.
 #include "vision.hpp"
 
 #include <cstring>
@@ -61,8 +62,15 @@ void add_residual(const float* x, const float* bias, int64_t count, float* sum) 
     for (int64_t i = 0; i < count; i += 16) store(sum + i, load(sum + i) + (load(x + i) + load(bias + i)));
 }
 
+inline void store_as(uint16_t* p, F32x16 v) {
+    const U16x16 narrowed = to_bf16(v);
+    std::memcpy(p, &narrowed, sizeof narrowed);
+}
+inline void store_as(float* p, F32x16 v) { store(p, v); }
+
+template <class Element>
 void narrow(const float* x, const float* bias, const float* cos, const float* sin, float scale, int64_t head_dim,
-            uint16_t* out) {
+            Element* out) {
     alignas(64) float head[128], turned[128];
     for (int64_t i = 0; i < head_dim; ++i) head[i] = bias ? x[i] + bias[i] : x[i];
     const int64_t half = head_dim / 2;
@@ -72,13 +80,10 @@ void narrow(const float* x, const float* bias, const float* cos, const float* si
             turned[i] = head[i] * cos[i] - head[i + half] * sin[i];
             turned[i + half] = head[i + half] * cos[i] + head[i] * sin[i];
         }
-    for (int64_t i = 0; i < head_dim; i += 16) {
-        const U16x16 narrowed = to_bf16(load(from + i) * scale);
-        std::memcpy(out + i, &narrowed, sizeof narrowed);
-    }
+    for (int64_t i = 0; i < head_dim; i += 16) store_as(out + i, load(from + i) * scale);
 }
 
-[[maybe_unused]] inline void load_pairs(const uint16_t* p, F32x16& first, F32x16& second) {
+inline void load_pairs(const uint16_t* p, F32x16& first, F32x16& second) {
     U32x16 both;
     std::memcpy(&both, p, sizeof both);
     const U32x16 low = both << 16, high = both & 0xFFFF0000;
@@ -86,66 +91,93 @@ void narrow(const float* x, const float* bias, const float* cos, const float* si
     std::memcpy(&second, &high, sizeof second);
 }
 
-[[maybe_unused]] inline float widened(uint16_t half) {
+inline float widened(uint16_t half) {
     const uint32_t bits = uint32_t(half) << 16;
     float x;
     std::memcpy(&x, &bits, sizeof x);
     return x;
 }
 
-[[maybe_unused]] void score(const uint16_t* query, int64_t rows, const uint16_t* panel, int64_t head_dim, float* scores,
-                            int64_t stride) {
+// sum += the 16 lanes at p, times the scalars at w: two of each lane in bf16, one in fp32.
+inline void add_products(F32x16& sum, const uint16_t* p, const uint16_t* w) {
+    F32x16 first, second;
+    load_pairs(p, first, second);
+    sum += second * widened(w[1]);
+    sum += first * widened(w[0]);
+}
+inline void add_products(F32x16& sum, const float* p, const float* w) { sum += load(p) * *w; }
+
+template <class Element>
+constexpr int64_t kTogether = 4 / int64_t(sizeof(Element));
+
+template <class Element>
+void score(const Element* query, int64_t rows, const Element* panel, int64_t head_dim, float* scores, int64_t stride) {
+    constexpr int64_t together = kTogether<Element>;
     for (int64_t r = 0; r < rows; ++r, query += head_dim, scores += stride) {
         F32x16 sum[4] = {};
-        for (int64_t h = 0; h < head_dim; h += 2)
-            for (int part = 0; part < 4; ++part) {
-                F32x16 first, second;
-                load_pairs(panel + (h / 2 * duomo::kKeyPanel + 16 * part) * 2, first, second);
-                sum[part] += second * widened(query[h + 1]);
-                sum[part] += first * widened(query[h]);
-            }
+        for (int64_t h = 0; h < head_dim; h += together)
+            for (int part = 0; part < 4; ++part)
+                add_products(sum[part], panel + h * duomo::kKeyPanel + 16 * part * together, query + h);
         for (int part = 0; part < 4; ++part) store(scores + 16 * part, sum[part]);
     }
 }
 
-[[maybe_unused]] float soften(const float* scores, int64_t count, int64_t padded, float* most, float* total,
-                              uint16_t* weights) {
+// Four totals hide the latency of addition. `padded` keys are whole panels of four vectors.
+template <class Element>
+float soften(const float* scores, int64_t count, int64_t padded, float* most, float* total, Element* weights) {
     const F32x16 none = all(-1e30f);
-    const auto seen = [&](int64_t u) { return kIndex < int32_t(count - u) ? load(scores + u) : none; };
+    const auto is_seen = [&](int64_t u) { return kIndex < int32_t(count - u); };
     F32x16 peak = all(*most);
     for (int64_t u = 0; u < count; u += 16) {
-        const F32x16 s = seen(u);
+        const F32x16 s = is_seen(u) ? load(scores + u) : none;
         peak = s > peak ? s : peak;
     }
     float raised = peak[0];
     for (int lane = 1; lane < 16; ++lane) raised = peak[lane] > raised ? peak[lane] : raised;
     const float factor = power_of_two(all(*most - raised))[0];
-    F32x16 sum = {};
-    for (int64_t u = 0; u < padded; u += 16) {
-        F32x16 p = power_of_two(seen(u) - raised);
-        p = kIndex < int32_t(count - u) ? p : F32x16{};
-        sum += p;
-        const U16x16 narrowed = to_bf16(p);
-        std::memcpy(weights + u, &narrowed, sizeof narrowed);
-    }
+    F32x16 sum[4] = {};
+    for (int64_t u = 0; u < padded; u += 64)
+        for (int part = 0; part < 4; ++part) {
+            const int64_t at = u + 16 * part;
+            F32x16 p = power_of_two(load(scores + at) - raised);
+            p = is_seen(at) ? p : F32x16{};
+            sum[part] += p;
+            store_as(weights + at, p);
+        }
     *most = raised;
-    *total = *total * factor + sum_lanes(sum);
+    *total = *total * factor + sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
     return factor;
 }
 
-[[maybe_unused]] void gather(const uint16_t* weights, int64_t stride, const float* factor, int64_t rows,
-                             const uint16_t* values, int64_t keys, int64_t head_dim, float* out) {
-    for (int64_t r = 0; r < rows; ++r, weights += stride, out += head_dim)
-        for (int64_t h = 0; h < head_dim; h += 16) {
-            F32x16 sum = load(out + h) * factor[r];
-            for (int64_t u = 0; u < keys; u += 2) {
-                F32x16 first, second;
-                load_pairs(values + (u / 2 * head_dim + h) * 2, first, second);
-                sum += second * widened(weights[u + 1]);
-                sum += first * widened(weights[u]);
-            }
-            store(out + h, sum);
-        }
+// `parts` vectors of a head, whose sums stay in registers over all keys.
+template <int parts, class Element>
+inline void gather_part(const Element* weights, float factor, const Element* values, int64_t keys, int64_t head_dim,
+                        float* out) {
+    constexpr int64_t together = kTogether<Element>;
+    F32x16 sum[parts];
+    for (int part = 0; part < parts; ++part) sum[part] = load(out + 16 * part) * factor;
+    for (int64_t u = 0; u < keys; u += together)
+        for (int part = 0; part < parts; ++part)
+            add_products(sum[part], values + u * head_dim + 16 * part * together, weights + u);
+    for (int part = 0; part < parts; ++part) store(out + 16 * part, sum[part]);
 }
+
+template <class Element>
+void gather(const Element* weights, int64_t stride, const float* factor, int64_t rows, const Element* values,
+            int64_t keys, int64_t head_dim, float* out) {
+    constexpr int64_t together = kTogether<Element>;
+    for (int64_t r = 0; r < rows; ++r, weights += stride, out += head_dim) {
+        int64_t h = 0;
+        for (; head_dim - h >= 64; h += 64)
+            gather_part<4>(weights, factor[r], values + h * together, keys, head_dim, out + h);
+        for (; head_dim - h >= 32; h += 32)
+            gather_part<2>(weights, factor[r], values + h * together, keys, head_dim, out + h);
+        for (; h < head_dim; h += 16)
+            gather_part<1>(weights, factor[r], values + h * together, keys, head_dim, out + h);
+    }
+}
+
+[[maybe_unused]] constexpr duomo::VisionKernels kernels_of_lanes = {
+    layernorm, add_gelu, add_residual, {narrow, score, soften, gather}, {narrow, score, soften, gather}};
 
 }  // namespace

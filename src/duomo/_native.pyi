@@ -123,44 +123,15 @@ class Norm:
         self, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32], eps: float
     ) -> None: ...
 
-class VisionScratch:
-    def __init__(self) -> None: ...
-
 def frame_attention(
-    scratch: VisionScratch,
     query: int,
     key: int,
     value: int,
     lengths: npt.NDArray[np.int64],
     num_heads: int,
     head_dim: int,
+    is_rounded: bool,
     out: int,
-    /,
-) -> None: ...
-def vision_attention(
-    scratch: VisionScratch,
-    hidden: int,
-    norm: Norm,
-    qkv: Integers,
-    qkv_bias: npt.NDArray[np.float32],
-    out: Integers,
-    out_bias: npt.NDArray[np.float32],
-    cos: int,
-    sin: int,
-    lengths: npt.NDArray[np.int64],
-    num_heads: int,
-    head_dim: int,
-    /,
-) -> None: ...
-def vision_mlp(
-    scratch: VisionScratch,
-    hidden: int,
-    patches: int,
-    norm: Norm,
-    fc1: Integers,
-    fc1_bias: npt.NDArray[np.float32],
-    fc2: Integers,
-    fc2_bias: npt.NDArray[np.float32],
     /,
 ) -> None: ...
 
@@ -169,6 +140,28 @@ class Dense:
         self, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32] | None, form: int
     ) -> None: ...
     def linear(self, x: int, tokens: int, y: int) -> None: ...
+
+class VisionBlock:
+    def __init__(
+        self,
+        norms: tuple[Norm, ...],
+        matrices: tuple[Integers | Dense, ...],
+        biases: tuple[npt.NDArray[np.float32], ...],
+    ) -> None: ...
+    def attention(
+        self, hidden: int, cos: int, sin: int, lengths: npt.NDArray[np.int64], num_heads: int, /
+    ) -> None: ...
+    def mlp(self, hidden: int, patches: int, /) -> None: ...
+
+class Tower:
+    def __init__(self, blocks: list[VisionBlock], num_heads: int) -> None: ...
+    def run_blocks(self, hidden: int, cos: int, sin: int, lengths: npt.NDArray[np.int64], /) -> None: ...
+
+class DenseVisionBlock(VisionBlock): ...
+
+class DenseTower(Tower):
+    def set_ends(self, embed: Dense, norm: Norm) -> None: ...
+    def run(self, patches: int, cos: int, sin: int, lengths: npt.NDArray[np.int64], out: int, /) -> None: ...
 
 Matrix = Trellis | Dense
 Bank = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], Matrix, Matrix]

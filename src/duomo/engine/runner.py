@@ -28,6 +28,7 @@ from duomo.kernels import DenseForm
 from duomo.model.ernie import Ernie
 from duomo.model.inputs import Batch
 from duomo.model.plain_decoder import fuse
+from duomo.model.plain_vision import fuse_vision
 from duomo.processing.patches import normalize
 from duomo.processing.prompt import Grid
 
@@ -76,6 +77,7 @@ class ModelRunner:
         """`form`: how plain weights are kept; all but borrowed are for those that do not change any more."""
         self.model = model.eval()
         fuse(self.model, form)
+        fuse_vision(self.model, form)
         self.vocab_size = model.config.vocab_size
         self.cache = PagedCache(model.config, num_pages, page_size, kv_dtype)
         self.features = FeatureCache(feature_bytes, feature_folder, fingerprint)

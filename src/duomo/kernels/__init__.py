@@ -16,9 +16,11 @@ from duomo.kernels.cpu import (
     BankWeights,
     DecoderSizes,
     FusedDecoder,
+    FusedTower,
     LayerWeights,
     NextTokens,
     PackedStep,
+    takes_heads,
 )
 from duomo.kernels.reference import (
     Affine,
@@ -53,6 +55,7 @@ __all__ = [
     "DenseForm",
     "DenseWeight",
     "FusedDecoder",
+    "FusedTower",
     "IntWeight",
     "LayerWeights",
     "NextTokens",
@@ -79,6 +82,7 @@ __all__ = [
     "rotate_pairs",
     "route",
     "swiglu",
+    "takes_heads",
     "vision_blocks",
 ]
 
@@ -93,13 +97,13 @@ def _takes(x: Tensor) -> bool:
 
 def dense_linear(x_TK: Tensor, weight: DenseWeight | Tensor) -> Tensor:
     """x W^T + bias; native in inference over fp32. A bare matrix [N, K] is borrowed."""
-    own = weight if isinstance(weight, DenseWeight) else None
     weight_NK = weight.weight if isinstance(weight, DenseWeight) else weight
     if _takes(x_TK) and cpu.dense.takes(x_TK, weight_NK):
-        return cpu.dense.dense_linear(x_TK, own or DenseWeight(weight_NK))
-    if own is not None and own.form is not DenseForm.BORROWED:
-        return reference.panel_linear(x_TK, weight_NK, own.bias, own.form is DenseForm.ROUNDED)
-    return reference.linear(x_TK, weight_NK, None if own is None else own.bias)
+        own = weight if isinstance(weight, DenseWeight) else DenseWeight(weight_NK)
+        return cpu.dense.dense_linear(x_TK, own)
+    if isinstance(weight, DenseWeight):
+        return reference.dense_linear(x_TK, weight)
+    return reference.linear(x_TK, weight)
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, index: int = 0) -> Tensor:
@@ -166,7 +170,7 @@ def vision_blocks(
     frames: Sequence[int],
     num_heads: int,
 ) -> Tensor:
-    """The tower's blocks over integer weights: patches [P, C] of all frames -> [P, C]; frames are lengths."""
-    is_fast = _takes(hidden_PC) and cpu.takes_heads(hidden_PC.shape[-1] // num_heads)
+    """The tower's blocks: patches [P, C] of all frames -> [P, C]; `frames` are lengths."""
+    is_fast = _takes(hidden_PC) and takes_heads(hidden_PC.shape[-1] // num_heads)
     chosen = cpu.vision_blocks if is_fast else reference.vision_blocks
     return chosen(hidden_PC, blocks, cos_PQ, sin_PQ, frames, num_heads)

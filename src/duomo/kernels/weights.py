@@ -143,6 +143,7 @@ class DenseWeight:
     ) -> None:
         assert weight.dtype == torch.float32 and weight.is_contiguous(), "a matrix the kernels do not read"
         self.weight, self.bias, self.form = weight, bias, form
+        self.rows, self.columns = weight.shape[-2:]
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: the native twin is made again."""

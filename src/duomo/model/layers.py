@@ -19,8 +19,11 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_size, in_size))
         self.bias = nn.Parameter(torch.empty(out_size)) if has_bias else None
+        self.panels: kernels.DenseWeight | None = None  # of both, in service (`model.plain_vision`)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.panels is not None and x.dtype == torch.float32 and not torch.is_grad_enabled():
+            return kernels.dense_linear(x, self.panels)
         return linear(x, self.weight, self.bias)
 
 

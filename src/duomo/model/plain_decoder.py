@@ -21,6 +21,7 @@ from duomo.model.ernie import Embedding, Ernie
 from duomo.model.experts import MLP, ExpertBank, Experts, Router
 from duomo.model.fused_decoder import OneCallDecoder, sizes_of
 from duomo.model.layers import Linear, RMSNorm
+from duomo.model.seen import Seen, is_plain
 
 
 def fuse(model: Ernie, form: DenseForm = DenseForm.BORROWED) -> None:
@@ -30,17 +31,16 @@ def fuse(model: Ernie, form: DenseForm = DenseForm.BORROWED) -> None:
         return
     model.decoder = decoder = PlainDecoder(model.decoder, form)
     head = model.embed if model.head is None else model.head
-    if form is not DenseForm.BORROWED and _is_plain(head, Embedding):
+    if form is not DenseForm.BORROWED and is_plain(head, Embedding):
         head.panels = DenseWeight(head.weight, form=form)
-        if _is_plain(model.embed, Embedding):
+        if is_plain(model.embed, Embedding):
             decoder.ends = (model.embed.weight, head.panels)
 
 
 def is_bfloat16(model: Ernie) -> bool:
-    """Decoder and head have fp32 matrices of bf16 values, so panels lose nothing; routers stay fp32."""
+    """All matrices are fp32 of bf16 values, so panels lose nothing; routers stay fp32."""
     routers = {id(x) for router in model.modules() if isinstance(router, Router) for x in router.parameters()}
-    matrices = [x for x in model.decoder.parameters() if x.ndim > 1 and id(x) not in routers]
-    matrices += [x for part in (model.embed, model.head) if part is not None for x in part.parameters()]
+    matrices = [x for x in model.parameters() if x.ndim > 1 and id(x) not in routers]
     return all(
         x.dtype == torch.float32 and not bool((x.detach().view(torch.int32) & 0xFFFF).any()) for x in matrices
     )
@@ -51,23 +51,18 @@ class PlainDecoder(OneCallDecoder):
         super().__init__(decoder)
         self.form = form
         self.ends: tuple[Tensor, DenseWeight] | None = None  # embedding and head, where they are copies, too
-        self._forget()
-
-    def _forget(self) -> None:
         self._fused: FusedDecoder | None = None
-        self._modules_seen: list[tuple[dict[str, Any], str, nn.Module]] = []
-        self._tensors_seen: list[tuple[dict[str, Any], str, Tensor, int]] = []
+        self._seen: Seen | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: the native part is made again."""
-        state = self.__dict__.copy()
-        return {**state, "_fused": None, "_modules_seen": [], "_tensors_seen": []}
+        return {**self.__dict__, "_fused": None, "_seen": None}
 
     def _fused_for(self, hidden_TD: Tensor) -> FusedDecoder | None:
         if torch.is_grad_enabled() or hidden_TD.dtype != torch.float32 or hidden_TD.device.type != "cpu":
             return None
         is_copy = self.form is not DenseForm.BORROWED and self._fused is not None
-        if not is_copy and not self._is_as_seen():
+        if not is_copy and (self._seen is None or not self._seen.still_stands()):
             self._build()
         return self._fused
 
@@ -78,45 +73,20 @@ class PlainDecoder(OneCallDecoder):
         self._fused.next(num_sequences, tokens, self._angles.addresses(last_position))
         return True
 
-    def _is_as_seen(self) -> bool:
-        return (
-            bool(self._tensors_seen)
-            and all(held.get(name) is module for held, name, module in self._modules_seen)
-            and all(
-                held.get(name) is tensor and tensor.data_ptr() == address
-                for held, name, tensor, address in self._tensors_seen
-            )
-        )
-
     def _build(self) -> None:
-        self._forget()
-        for parent in self.modules():
-            for name, module in parent._modules.items():
-                if module is not None:
-                    self._modules_seen.append((parent._modules, name, module))
-            for name, tensor in parent._parameters.items():
-                if tensor is not None:
-                    self._tensors_seen.append((parent._parameters, name, tensor, tensor.data_ptr()))
+        self._seen, self._fused = Seen(self, has_tensors=True), None
         layers = [_layer_weights(layer, self.form) for layer in self.layers]
         whole = [layer for layer in layers if layer is not None]
-        if len(whole) == len(layers) and _is_plain(self.norm, RMSNorm):
+        if len(whole) == len(layers) and is_plain(self.norm, RMSNorm):
             self._fused = FusedDecoder(sizes_of(self.config), self.norm.weight, whole, self.ends)
-
-
-def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Exactly of this class, with parameters the kernels can read where they lie."""
-    return type(module) is kind and all(
-        parameter.dtype == torch.float32 and parameter.device.type == "cpu" and parameter.is_contiguous()
-        for parameter in module.parameters()
-    )
 
 
 def _layer_weights(layer: nn.Module, form: DenseForm) -> LayerWeights | None:
     """None where a module is not the plain one: an adapter's, or a recipe's."""
     assert isinstance(layer, DecoderLayer)
     attention, mlp = layer.attention, layer.mlp
-    are_norms = _is_plain(layer.input_norm, RMSNorm) and _is_plain(layer.post_norm, RMSNorm)
-    if not are_norms or not _is_plain(attention, Attention):
+    are_norms = is_plain(layer.input_norm, RMSNorm) and is_plain(layer.post_norm, RMSNorm)
+    if not are_norms or not is_plain(attention, Attention):
         return None
     norms = (layer.input_norm.weight, layer.post_norm.weight)
     linears = _linears(form, attention.q, attention.k, attention.v, attention.o)
@@ -126,7 +96,7 @@ def _layer_weights(layer: nn.Module, form: DenseForm) -> LayerWeights | None:
     if isinstance(mlp, MLP):
         dense = _mlp_weights(mlp, form)
         return None if dense is None else LayerWeights(norms, (q, k, v, o), None, None, dense)
-    if not _is_plain(mlp, Experts) or not isinstance(mlp.text, ExpertBank):
+    if not is_plain(mlp, Experts) or not isinstance(mlp.text, ExpertBank):
         return None
     text, vision = _bank_weights(mlp.text, form), _bank_weights(mlp.vision, form)
     shared = None if mlp.shared is None else _mlp_weights(mlp.shared, form)
@@ -136,13 +106,13 @@ def _layer_weights(layer: nn.Module, form: DenseForm) -> LayerWeights | None:
 
 
 def _linears(form: DenseForm, *modules: nn.Module) -> list[DenseWeight] | None:
-    if not all(_is_plain(module, Linear) for module in modules):
+    if not all(is_plain(module, Linear) for module in modules):
         return None
     return [DenseWeight(module.weight, module.bias, form) for module in modules]  # type: ignore[arg-type]
 
 
 def _mlp_weights(mlp: nn.Module, form: DenseForm) -> tuple[DenseWeight, DenseWeight, DenseWeight] | None:
-    if not _is_plain(mlp, MLP):
+    if not is_plain(mlp, MLP):
         return None
     linears = _linears(form, mlp.gate, mlp.up, mlp.down)  # type: ignore[arg-type]
     return None if linears is None else (linears[0], linears[1], linears[2])
@@ -151,8 +121,8 @@ def _mlp_weights(mlp: nn.Module, form: DenseForm) -> tuple[DenseWeight, DenseWei
 def _bank_weights(bank: nn.Module | None, form: DenseForm) -> BankWeights | None:
     if (
         not isinstance(bank, ExpertBank)
-        or not _is_plain(bank, ExpertBank)
-        or not _is_plain(bank.router, Router)
+        or not is_plain(bank, ExpertBank)
+        or not is_plain(bank.router, Router)
     ):
         return None
     gate_up, down = (DenseWeight(x, form=form) for x in (bank.gate_up, bank.down))

@@ -36,6 +36,10 @@ class VisionTower(nn.Module):
         device = patches_PX.device
         rotation = vision_rotation(rows_P.to(device), columns_P.to(device), self.config)
         frames = [grid.rows * grid.columns for grid in grids for _ in range(grid.frames)]
+        return self.embed(patches_PX, rotation, frames)
+
+    def embed(self, patches_PX: Tensor, rotation: Rotation, frames: Sequence[int]) -> Tensor:
+        """From angles [P, H/2] and the frames' lengths on."""
         return self.norm(self.blocks(self.patch_embed(patches_PX), rotation, frames))  # type: ignore[no-any-return]
 
 

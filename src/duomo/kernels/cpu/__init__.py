@@ -27,6 +27,7 @@ from duomo.kernels.cpu.packed import (
 )
 from duomo.kernels.cpu.paged_attention import HEAD_MULTIPLE, paged_attention
 from duomo.kernels.cpu.vision import (
+    FusedTower,
     frame_attention,
     takes_heads,
     vision_attention,
@@ -39,6 +40,7 @@ __all__ = [
     "BankWeights",
     "DecoderSizes",
     "FusedDecoder",
+    "FusedTower",
     "LayerWeights",
     "NextTokens",
     "PackedStep",

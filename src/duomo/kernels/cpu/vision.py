@@ -1,4 +1,4 @@
-"""The vision tower's blocks by csrc/vision*.cpp; the reference says what they are.
+"""The vision tower by csrc/vision*.cpp, packed or plain; the reference says what it is.
 
 Addresses go down unchecked, so everything about shape, dtype and contiguity is settled here. Memory between
 the products belongs to one pass through the tower and goes with it: no block allocates anew.
@@ -7,7 +7,7 @@ the products belongs to one pass through the tower and goes with it: no block al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,8 @@ from torch import Tensor
 
 from duomo.errors import KernelError
 from duomo.kernels.cpu.packed import plain
-from duomo.kernels.reference.vision import Affine, BlockWeights, Norm
-
-if TYPE_CHECKING:
-    from duomo._native import VisionScratch
+from duomo.kernels.reference.vision import BlockWeights, Norm
+from duomo.kernels.weights import DenseWeight
 
 HEAD_MULTIPLE, MOST_HEAD_DIM = 16, 128
 
@@ -28,7 +26,13 @@ def takes_heads(head_dim: int) -> bool:
     return head_dim % HEAD_MULTIPLE == 0 and 0 < head_dim <= MOST_HEAD_DIM
 
 
-def frame_attention(query_PNH: Tensor, key_PNH: Tensor, value_PNH: Tensor, frames: Sequence[int]) -> Tensor:
+def frame_attention(
+    query_PNH: Tensor,
+    key_PNH: Tensor,
+    value_PNH: Tensor,
+    frames: Sequence[int],
+    is_rounded: bool = True,
+) -> Tensor:
     from duomo import _native
 
     query, key, value = (plain(x) for x in (query_PNH, key_PNH, value_PNH))
@@ -38,32 +42,29 @@ def frame_attention(query_PNH: Tensor, key_PNH: Tensor, value_PNH: Tensor, frame
     out = torch.empty(query.shape)
     places = (query.data_ptr(), key.data_ptr(), value.data_ptr())
     lengths = _lengths(frames, patches)
-    _native.frame_attention(_native.VisionScratch(), *places, lengths, num_heads, head_dim, out.data_ptr())
+    _native.frame_attention(*places, lengths, num_heads, head_dim, is_rounded, out.data_ptr())
     return out
 
 
 def vision_attention(
     hidden_PC: Tensor,
-    norm: Norm,
-    qkv: Affine,
-    out: Affine,
+    block: BlockWeights,
     cos_PQ: Tensor,
     sin_PQ: Tensor,
     frames: Sequence[int],
     num_heads: int,
 ) -> Tensor:
-    from duomo import _native
-
     sums = plain(hidden_PC).clone()
-    _add_attention(_native.VisionScratch(), sums, norm, qkv, out, cos_PQ, sin_PQ, frames, num_heads)
+    _check_width(sums, block)
+    cos, sin, lengths = _angles(cos_PQ, sin_PQ, frames, len(sums), sums.shape[1] // num_heads)
+    _block(block).attention(sums.data_ptr(), cos.data_ptr(), sin.data_ptr(), lengths, num_heads)
     return sums.to(hidden_PC.dtype)
 
 
-def vision_mlp(hidden_PC: Tensor, norm: Norm, fc1: Affine, fc2: Affine) -> Tensor:
-    from duomo import _native
-
+def vision_mlp(hidden_PC: Tensor, block: BlockWeights) -> Tensor:
     sums = plain(hidden_PC).clone()
-    _add_mlp(_native.VisionScratch(), sums, norm, fc1, fc2)
+    _check_width(sums, block)
+    _block(block).mlp(sums.data_ptr(), len(sums))
     return sums.to(hidden_PC.dtype)
 
 
@@ -75,49 +76,54 @@ def vision_blocks(
     frames: Sequence[int],
     num_heads: int,
 ) -> Tensor:
-    from duomo import _native
-
-    sums, scratch = plain(hidden_PC).clone(), _native.VisionScratch()
-    for block in blocks:
-        _add_attention(scratch, sums, *block[:3], cos_PQ, sin_PQ, frames, num_heads)
-        _add_mlp(scratch, sums, *block[3:])
+    sums = plain(hidden_PC).clone()
+    _check_width(sums, blocks[0])
+    cos, sin, lengths = _angles(cos_PQ, sin_PQ, frames, len(sums), sums.shape[1] // num_heads)
+    _tower(blocks, num_heads).run_blocks(sums.data_ptr(), cos.data_ptr(), sin.data_ptr(), lengths)
     return sums.to(hidden_PC.dtype)
 
 
-def _add_attention(
-    scratch: VisionScratch,
-    sums_PC: Tensor,
-    norm: Norm,
-    qkv: Affine,
-    out: Affine,
-    cos_PQ: Tensor,
-    sin_PQ: Tensor,
-    frames: Sequence[int],
-    num_heads: int,
-) -> None:
-    from duomo import _native
+class FusedTower:
+    """A plain tower from patches to its last norm. Built once of the weights, which it keeps alive.
 
-    patches, width = sums_PC.shape
+    `embed` [C, X] has no bias; it and the blocks' matrices are of one form.
+    """
+
+    def __init__(
+        self, embed: DenseWeight, blocks: Sequence[BlockWeights], norm: Norm, num_heads: int
+    ) -> None:
+        self.width, self.patch_size = embed.weight.shape
+        self.head_dim = self.width // num_heads
+        self._native = _tower(blocks, num_heads)
+        self._native.set_ends(embed.native, _norm(norm))
+
+    def run(self, patches_PX: Tensor, cos_PQ: Tensor, sin_PQ: Tensor, frames: Sequence[int]) -> Tensor:
+        """Normalised patches of all frames, fp32 -> [P, C]; `frames` are lengths."""
+        if patches_PX.ndim != 2 or patches_PX.shape[1] != self.patch_size:
+            raise KernelError(
+                f"patches {tuple(patches_PX.shape)} for a tower of {self.patch_size} values each"
+            )
+        patches = plain(patches_PX)
+        cos, sin, lengths = _angles(cos_PQ, sin_PQ, frames, len(patches), self.head_dim)
+        out = torch.empty(len(patches), self.width)
+        self._native.run(patches.data_ptr(), cos.data_ptr(), sin.data_ptr(), lengths, out.data_ptr())
+        return out
+
+
+def _angles(
+    cos_PQ: Tensor, sin_PQ: Tensor, frames: Sequence[int], patches: int, head_dim: int
+) -> tuple[Tensor, Tensor, npt.NDArray[np.int64]]:
+    """Angles as the kernels read them, and the frames' lengths."""
     cos, sin = plain(cos_PQ), plain(sin_PQ)
-    head_dim = width // num_heads
     if not cos.shape == sin.shape == (patches, head_dim // 2):
         raise KernelError(f"angles of {tuple(cos.shape)} for {patches} patches and heads of {head_dim}")
-    places, layers = (cos.data_ptr(), sin.data_ptr()), (*_affine(qkv), *_affine(out))
-    lengths = _lengths(frames, patches)
-    _native.vision_attention(
-        scratch, sums_PC.data_ptr(), _norm(norm), *layers, *places, lengths, num_heads, head_dim
-    )
+    return cos, sin, _lengths(frames, patches)
 
 
-def _add_mlp(scratch: VisionScratch, sums_PC: Tensor, norm: Norm, fc1: Affine, fc2: Affine) -> None:
-    from duomo import _native
-
-    patches, width = sums_PC.shape
-    if width != fc1.weight.columns:
-        raise KernelError(
-            f"patches of width {width} for a matrix of {fc1.weight.rows} x {fc1.weight.columns}"
-        )
-    _native.vision_mlp(scratch, sums_PC.data_ptr(), patches, _norm(norm), *_affine(fc1), *_affine(fc2))
+def _check_width(sums_PC: Tensor, block: BlockWeights) -> None:
+    weight = block.qkv.weight
+    if sums_PC.ndim != 2 or sums_PC.shape[1] != weight.columns:
+        raise KernelError(f"patches {tuple(sums_PC.shape)} for a matrix of {weight.rows} x {weight.columns}")
 
 
 def _lengths(frames: Sequence[int], patches: int) -> npt.NDArray[np.int64]:
@@ -132,5 +138,24 @@ def _norm(norm: Norm) -> Any:
     return _native.Norm(plain(norm.weight).numpy(), plain(norm.bias).numpy(), norm.eps)
 
 
-def _affine(layer: Affine) -> tuple[Any, npt.NDArray[np.float32]]:
-    return layer.weight.native, plain(layer.bias).numpy()
+def _block(block: BlockWeights) -> Any:
+    from duomo import _native
+
+    layers = block.qkv, block.out, block.fc1, block.fc2
+    native: Any = _native.DenseVisionBlock if _is_plain(block) else _native.VisionBlock
+    return native(
+        norms=(_norm(block.norm1), _norm(block.norm2)),
+        matrices=tuple(layer.weight.native for layer in layers),
+        biases=tuple(plain(layer.bias).numpy() for layer in layers),
+    )
+
+
+def _tower(blocks: Sequence[BlockWeights], num_heads: int) -> Any:
+    from duomo import _native
+
+    native: Any = _native.DenseTower if _is_plain(blocks[0]) else _native.Tower
+    return native(blocks=[_block(block) for block in blocks], num_heads=num_heads)
+
+
+def _is_plain(block: BlockWeights) -> bool:
+    return isinstance(block.qkv.weight, DenseWeight)

@@ -2,7 +2,7 @@
 
 from duomo.kernels.reference.attention import attention
 from duomo.kernels.reference.experts import experts, swiglu
-from duomo.kernels.reference.linear import linear, panel_linear
+from duomo.kernels.reference.linear import dense_linear, linear, panel_linear
 from duomo.kernels.reference.norm import layernorm, rmsnorm
 from duomo.kernels.reference.packed import (
     packed_experts,
@@ -30,6 +30,7 @@ __all__ = [
     "Norm",
     "Routing",
     "attention",
+    "dense_linear",
     "experts",
     "frame_attention",
     "layernorm",

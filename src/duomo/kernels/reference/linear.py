@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from duomo.kernels.weights import DenseForm, DenseWeight
+
 ROW_BLOCK = 16
 
 
@@ -41,3 +43,10 @@ def panel_linear(
             if column < num_columns:
                 sums_TN = sums_TN + x_TK[:, column, None] * weight_NK[:, column]
     return sums_TN if bias_N is None else sums_TN + bias_N
+
+
+def dense_linear(x_TK: Tensor, weight: DenseWeight) -> Tensor:
+    """x W^T + bias in the form in which the matrix is kept."""
+    if weight.form is DenseForm.BORROWED:
+        return linear(x_TK, weight.weight, weight.bias)
+    return panel_linear(x_TK, weight.weight, weight.bias, weight.form is DenseForm.ROUNDED)
