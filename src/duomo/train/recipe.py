@@ -137,7 +137,7 @@ class Recipe:
         replace(
             _FAMILIES,
             name="muon",
-            num_steps=1500,
+            num_steps=1800,
             num_parts=2,
             optimizer="muon",
             rate=1.5e-3,
