@@ -123,7 +123,8 @@ bool fits(const StepTokens& step, const PagedStore& store, int64_t sequences) {
            are_within(step.num_keys, step.tokens, 1, step.table_width * store.page_size + 1) &&
            are_within(step.pages, sequences * step.table_width, 0, store.slots / store.page_size) &&
            are_within(step.text_rows, step.num_text, 0, step.tokens) &&
-           are_within(step.vision_rows, step.num_vision, 0, step.tokens);
+           are_within(step.vision_rows, step.num_vision, 0, step.tokens) &&
+           are_within(step.wanted, std::max<int64_t>(step.num_wanted, 0), 0, step.tokens);
 }
 
 PagedStore paged_store(nb::tuple store) {
@@ -137,7 +138,7 @@ PagedStore paged_store(nb::tuple store) {
 // Shapes are checked by duomo.kernels.cpu.decoder. False, and nothing done, where a number lies outside.
 template <class Kind>
 bool run(const Decoder<Kind>& self, Address hidden, Address out, int64_t tokens, nb::tuple angles, nb::tuple store,
-         nb::tuple table, nb::tuple rows, Address expert_ids) {
+         nb::tuple table, nb::tuple rows, Address expert_ids, nb::tuple wanted) {
     const auto address = [](nb::handle item) { return nb::cast<Address>(item); };
     const auto number = [](nb::handle item) { return nb::cast<int64_t>(item); };
     const PagedStore paged = paged_store(store);
@@ -153,7 +154,9 @@ bool run(const Decoder<Kind>& self, Address hidden, Address out, int64_t tokens,
                              at<int64_t>(address(rows[1])),
                              number(rows[2]),
                              number(rows[3]),
-                             at<int64_t>(expert_ids)};
+                             at<int64_t>(expert_ids),
+                             at<int64_t>(address(wanted[0])),
+                             number(wanted[1])};
     if (!fits(step, paged, number(table[2]))) return false;
     nb::gil_scoped_release release;
     run_decoder(self.stack, paged, step, at<float>(hidden), at<float>(out));

@@ -19,6 +19,11 @@ struct Workspace {
         std::vector<float> hidden, weights, out;
         std::vector<int64_t> expert_ids;
     } banks[2];
+    // of the wanted rows: what `StepTokens` has of all
+    struct Wanted {
+        std::vector<float> hidden, normed, cos, sin;
+        std::vector<int64_t> sequence, num_keys, bank_rows[2], expert_ids;
+    } wanted;
 };
 
 constexpr int64_t kLargeStep = 1 << 18;  // floats of a step's hidden states from which memory is given back after it
@@ -49,6 +54,38 @@ void store_head(const float* x, int64_t width, Stored stored, void* data, float*
 
 void add_rows(const float* x, int64_t count, float* out) {
     for (int64_t i = 0; i < count; ++i) out[i] += x[i];
+}
+
+// Rows `rows[i]` of x, each of `width`, side by side.
+template <class T>
+const T* gather(const T* x, int64_t width, const int64_t* rows, int64_t count, std::vector<T>& memory) {
+    T* out = grown(memory, count * width);
+    for (int64_t i = 0; i < count; ++i) std::copy_n(x + rows[i] * width, width, out + i * width);
+    return out;
+}
+
+// The wanted tokens of a step by themselves. Their keys and values lie where all tokens' do.
+StepTokens wanted_of(const StepTokens& step, int64_t pairs, int64_t chosen, Workspace::Wanted& own) {
+    const int64_t count = step.num_wanted, *rows = step.wanted;
+    StepTokens part = step;
+    part.tokens = count;
+    part.cos = gather(step.cos, pairs, rows, count, own.cos);
+    part.sin = gather(step.sin, pairs, rows, count, own.sin);
+    part.sequence = gather(step.sequence, 1, rows, count, own.sequence);
+    part.num_keys = gather(step.num_keys, 1, rows, count, own.num_keys);
+    const int64_t* const all[2] = {step.text_rows, step.vision_rows};
+    const int64_t counts[2] = {step.num_text, step.num_vision};
+    int64_t found[2] = {};
+    for (int which = 0; which < 2; ++which) {
+        int64_t* places = grown(own.bank_rows[which], count);
+        for (int64_t i = 0; i < count; ++i)
+            if (std::binary_search(all[which], all[which] + counts[which], rows[i])) places[found[which]++] = i;
+    }
+    part.text_rows = own.bank_rows[0].data(), part.num_text = found[0];
+    part.vision_rows = own.bank_rows[1].data(), part.num_vision = found[1];
+    part.expert_ids = grown(own.expert_ids, count * chosen);
+    part.num_wanted = -1;
+    return part;
 }
 
 // A step of one layer; the members are what does not change within it.
@@ -90,14 +127,41 @@ struct Pass {
         float* const y[3] = {grown(work.second, tokens * std::max(stack.width, wide)), grown(work.key, tokens * narrow),
                              grown(work.value, tokens * narrow)};
         linear_shared(banks, 3, normed, tokens, y);
-        rotate_heads(y[0], tokens, wide, stack.head_dim, step.cos, step.sin);
-        rotate_heads(y[1], tokens, narrow, stack.head_dim, step.cos, step.sin);
-        const CacheSide key = side(store.key, store.key_scale, index), value = side(store.value, store.value_scale, index);
-        append(key, y[1]);
-        append(value, y[2]);
-        float* attended = work.first.data();  // normed has been multiplied
-        paged_attention(y[0], key, value, step.pages, step.table_width, store.page_size, step.sequence, step.num_keys,
-                        tokens, stack.num_heads, attended);
+        remember(index, y[1], y[2]);
+        attend(layer, index, y[0]);
+    }
+
+    // The same where others than the wanted tokens give keys and values alone; `part` then has hidden states of its own.
+    void attention_of_wanted(const DecoderLayer<Bank>& layer, int64_t index, const Pass& part) const {
+        const int64_t tokens = step.tokens, narrow = stack.groups * stack.head_dim, count = step.num_wanted;
+        const int64_t wide = stack.num_heads * stack.head_dim;
+        float* normed = grown(work.first, tokens * std::max(stack.width, wide));
+        norm(layer.input_norm, normed);
+        const Bank* const banks[2] = {layer.k, layer.v};
+        float* const y[2] = {grown(work.key, tokens * narrow), grown(work.value, tokens * narrow)};
+        linear_shared(banks, 2, normed, tokens, y);
+        remember(index, y[0], y[1]);
+        const float* asking = gather(normed, stack.width, step.wanted, count, work.wanted.normed);
+        float* query = grown(work.second, count * std::max(stack.width, wide));
+        linear_shared(&layer.q, 1, asking, count, &query);
+        part.attend(layer, index, query);
+    }
+
+    // Keys, rotated here, and values [T][G][H] into the cache.
+    void remember(int64_t index, float* key, const float* value) const {
+        rotate_heads(key, step.tokens, stack.groups * stack.head_dim, stack.head_dim, step.cos, step.sin);
+        append(side(store.key, store.key_scale, index), key);
+        append(side(store.value, store.value_scale, index), value);
+    }
+
+    // Queries, rotated here, over the cache, and what comes of it onto the hidden states.
+    void attend(const DecoderLayer<Bank>& layer, int64_t index, float* query) const {
+        const int64_t tokens = step.tokens, wide = stack.num_heads * stack.head_dim;
+        rotate_heads(query, tokens, wide, stack.head_dim, step.cos, step.sin);
+        float* attended = grown(work.first, tokens * std::max(stack.width, wide));  // what was normed is multiplied
+        paged_attention(query, side(store.key, store.key_scale, index), side(store.value, store.value_scale, index),
+                        step.pages, step.table_width, store.page_size, step.sequence, step.num_keys, tokens,
+                        stack.num_heads, attended);
         float* delta = grown(work.delta, tokens * stack.width);
         linear_shared(&layer.o, 1, attended, tokens, &delta);
         add_rows(delta, tokens * stack.width, hidden);
@@ -177,11 +241,29 @@ void run_decoder(const DecoderStack<Bank>& stack, const PagedStore& store, const
     static thread_local Workspace work;
     const Pass<Bank> pass{stack, store, step, work, hidden};
     if (!step.tokens) return;
-    for (size_t i = 0; i < stack.layers.size(); ++i) {
-        pass.attention(stack.layers[i], int64_t(i));
-        pass.feed_forward(stack.layers[i], int64_t(i));
+    const int64_t count = int64_t(stack.layers.size()), last = count - 1;
+    const int64_t num_whole = step.num_wanted < 0 ? count : last;
+    for (int64_t i = 0; i < num_whole; ++i) {
+        pass.attention(stack.layers[size_t(i)], i);
+        pass.feed_forward(stack.layers[size_t(i)], i);
     }
-    pass.norm(stack.norm, out);
+    if (step.num_wanted < 0) {
+        pass.norm(stack.norm, out);
+    } else if (step.num_wanted) {
+        const StepTokens few = wanted_of(step, stack.head_dim / 2, stack.chosen, work.wanted);
+        gather(hidden, stack.width, step.wanted, step.num_wanted, work.wanted.hidden);
+        const Pass<Bank> part{stack, store, few, work, work.wanted.hidden.data()};
+        const auto& layer = stack.layers[size_t(last)];
+        pass.attention_of_wanted(layer, last, part);
+        part.feed_forward(layer, 0);  // whose expert_ids are of this layer alone
+        if (layer.text.router)
+            for (int64_t i = 0; i < few.tokens; ++i)
+                std::copy_n(few.expert_ids + i * stack.chosen, stack.chosen,
+                            step.expert_ids + (last * step.tokens + step.wanted[i]) * stack.chosen);
+        part.norm(stack.norm, out);
+    } else {
+        pass.attention(stack.layers[size_t(last)], last);  // for its keys and values
+    }
     if (step.tokens * stack.width < kLargeStep) return;
     work = {};  // a prompt's 40 MB are not for the tokens that come one by one after it
     give_back_many();

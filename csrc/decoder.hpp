@@ -58,9 +58,12 @@ struct StepTokens {
     const int64_t *text_rows, *vision_rows;
     int64_t num_text, num_vision;
     int64_t* expert_ids;             // [layers][T][K]: what the routers chose; layers without a bank are left alone
+    const int64_t* wanted = nullptr;  // [num_wanted] rows, rising: whose final state is asked for
+    int64_t num_wanted = -1;          // below zero: of all
 };
 
-// hidden[T][D] through all layers, in place, then the last norm into out[T][D].
+// hidden[T][D] through all layers, in place, then the last norm into out, a row for each that is wanted. Of the last
+// layer the others compute keys and values alone, which later tokens see; their expert_ids there are left alone.
 template <class Bank>
 void run_decoder(const DecoderStack<Bank>&, const PagedStore&, const StepTokens&, float* hidden, float* out);
 

@@ -1,6 +1,7 @@
 """The fused decoder against the layers called one by one: the same bits, the same cache, the same choices."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -116,6 +117,32 @@ def test_one_call_gives_the_bits_of_the_layers(isa, model, dtype, lengths, visio
     is_vision = torch.arange(tokens) % 3 == 1 if vision == "some" else torch.full((tokens,), vision == "all")
     fused, plain = both(model, step(lengths, is_vision), dtype)
     assert all(torch.equal(one, other) for one, other in zip(fused, plain, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("vision", ["none", "some", "all"])
+@pytest.mark.parametrize("wanted", [[], [11, 14, 15], [0, 1, 3, 4, 9], [13]])
+def test_wanted_rows_have_the_bits_that_they_have_among_all(isa, model, dtype, vision, wanted):
+    """Keys and values are all tokens'; the last layer's experts are asked for the wanted ones alone."""
+    lengths = [(7, 11), (33, 3), (2, 2)]
+    is_vision = torch.arange(16) % 3 == 1 if vision == "some" else torch.full((16,), vision == "all")
+    whole = step(lengths, is_vision)
+    rows = torch.tensor(wanted, dtype=torch.int64)
+    (out, store, scale, _), _ = both(model, whole, dtype)
+    heard: dict[str, torch.Tensor] = {}
+    for name in ("text", "vision"):
+        getattr(model.decoder.layers[-1].mlp, name).listener = partial(heard.__setitem__, name)
+    hidden, cache = torch.randn(16, 64, generator=torch.Generator().manual_seed(1)), filled_cache(dtype)
+    with torch.inference_mode():
+        found = model.decoder(hidden, replace(whole, expert_ids_LTK=None, logit_rows=rows), cache)
+    for name in ("text", "vision"):
+        getattr(model.decoder.layers[-1].mlp, name).listener = None
+    assert torch.equal(found, out[rows]) and torch.equal(cache.store.float(), store)
+    assert cache.scale is None or torch.equal(cache.scale, scale)
+    is_wanted = is_vision[rows]
+    told = {name: len(ids) for name, ids in heard.items() if len(ids)}
+    counts = {"text": int((~is_wanted).sum()), "vision": int(is_wanted.sum())}
+    assert told == {name: count for name, count in counts.items() if count}
 
 
 def test_nothing_to_do(model):

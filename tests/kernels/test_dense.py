@@ -63,6 +63,14 @@ def test_one_call_gives_the_numbers_of_the_layers(isa, lengths, vision, has_bias
     assert close(fused[0], plain[0]) and close(fused[1], plain[1]) and torch.equal(fused[3], plain[3])
 
 
+def test_wanted_rows_have_the_bits_that_they_have_among_all(isa, model):
+    whole = step([(7, 11), (33, 3), (2, 2)], torch.arange(16) % 3 == 1)
+    hidden = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
+    rows = torch.tensor([1, 10, 15])
+    found = native_step(model, replace(whole, expert_ids_LTK=None, logit_rows=rows), hidden)
+    assert torch.equal(found, native_step(model, whole, hidden)[rows])
+
+
 def test_a_token_has_its_own_bits_in_any_company(isa, model):
     lengths = [(5, 1), (0, 1), (30, 1), (12, 1)]
     whole = step(lengths, torch.tensor([False, True, False, True]))

@@ -44,7 +44,10 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, hidden_TD: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+        """Final states, normed, of all tokens, or of `batch.logit_rows` where only some are asked for."""
         rotation = decoder_rotation(batch.positions_3T, self.config)
         for index, layer in enumerate(self.layers):
             hidden_TD = layer(hidden_TD, rotation, index, batch, cache)
+        if batch.logit_rows is not None:
+            hidden_TD = hidden_TD[batch.logit_rows]
         return self.norm(hidden_TD)  # type: ignore[no-any-return]

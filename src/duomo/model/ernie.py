@@ -52,8 +52,7 @@ class Ernie(nn.Module):
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Final hidden states [T, D], or [len(logit_rows), D] where the batch asks for some rows only."""
-        hidden_TD = self.decoder(self.enter(batch), batch, cache)
-        return hidden_TD if batch.logit_rows is None else hidden_TD[batch.logit_rows]  # type: ignore[no-any-return]
+        return self.decoder(self.enter(batch), batch, cache)  # type: ignore[no-any-return]
 
     def enter(self, batch: Batch) -> Tensor:
         """What goes into the first layer [T, D]: embeddings, and features in the places of media."""

@@ -46,7 +46,7 @@ class OneCallDecoder(Decoder):
         raise NotImplementedError
 
     def _tell_listeners(self, expert_ids_LTK: Tensor, batch: Batch) -> None:
-        """After a native step."""
+        """After a native step; -1 are the experts of a token that went to none."""
 
     def forward(self, hidden_TD: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         pages, sequence_T, num_keys_T = batch.page_table_SM, batch.sequence_T, batch.num_keys_T
@@ -67,11 +67,14 @@ class OneCallDecoder(Decoder):
             batch.text_rows,
             batch.vision_rows,
         )
-        expert_ids_LTK = batch.expert_ids_LTK
-        if expert_ids_LTK is None:
+        expert_ids_LTK, rows = batch.expert_ids_LTK, batch.logit_rows
+        if expert_ids_LTK is not None:  # somebody looks at every token's experts, of the last layer too
+            out_TD = fused.run(hidden_TD, step, expert_ids_LTK)
+            out_TD = out_TD if rows is None else out_TD[rows]
+        else:
             shape = (fused.num_layers, hidden_TD.shape[0], fused.sizes.chosen)
-            expert_ids_LTK = torch.empty(shape, dtype=torch.int64)
-        out_TD = fused.run(hidden_TD, step, expert_ids_LTK)
+            expert_ids_LTK = torch.full(shape, -1)
+            out_TD = fused.run(hidden_TD, step._replace(wanted_rows=rows), expert_ids_LTK)
         self._tell_listeners(expert_ids_LTK, batch)
         return out_TD
 

@@ -46,7 +46,8 @@ class PackedDecoder(OneCallDecoder):
             is_single = layer.mlp.vision is None or not batch.vision_rows.numel()
             for bank, rows in ((layer.mlp.text, batch.text_rows), (layer.mlp.vision, batch.vision_rows)):
                 if isinstance(bank, PackedExperts) and bank.listener is not None and rows.numel():
-                    bank.listener(chosen_TK if is_single else chosen_TK[rows])
+                    told_TK = chosen_TK if is_single else chosen_TK[rows]
+                    bank.listener(told_TK[told_TK[:, 0] >= 0])
 
 
 def fusible(decoder: Decoder, config: ModelConfig) -> list[LayerWeights] | None:

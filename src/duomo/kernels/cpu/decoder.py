@@ -57,6 +57,7 @@ class PackedStep(NamedTuple):
     """A step's tokens, `T` of `S` sequences: angles fp32 [T, H/2], the rest int64.
 
     store is [2, layers, slots, G, H] fp32, bf16 or int8; scale fp32 [2, layers, slots, G] for int8 or None.
+    `text_rows`, `vision_rows` and `wanted_rows` rise; the last have their final states asked for, None all.
     """
 
     cos_TP: Tensor
@@ -70,6 +71,7 @@ class PackedStep(NamedTuple):
     num_keys_T: Tensor
     text_rows: Tensor
     vision_rows: Tensor
+    wanted_rows: Tensor | None = None
 
 
 class NextTokens:
@@ -141,17 +143,19 @@ class FusedDecoder:
             raise KernelError("a token's id, position, length or page lies outside the model or its cache")
 
     def run(self, hidden_TD: Tensor, step: PackedStep, expert_ids_LTK: Tensor) -> Tensor:
-        """Final hidden states, normed: fp32 [T, D]. Writes keys, values and the experts chosen.
+        """Final hidden states, normed, of the wanted rows: fp32 [T, D]. Writes keys, values, experts chosen.
 
+        A row that is not wanted chooses no experts in the last layer; nothing is written there for it.
         KernelError where a token's slot, sequence, length or page lies outside the cache.
         """
         tokens = hidden_TD.shape[0]
-        out = torch.empty(hidden_TD.shape)
+        wanted = None if step.wanted_rows is None else _as(torch.int64, step.wanted_rows)
+        out = torch.empty(tokens if wanted is None else wanted.numel(), hidden_TD.shape[1])
         if not tokens:
             return out
         hidden = hidden_TD.detach().float().clone(memory_format=torch.contiguous_format)
         angles = [_as(torch.float32, x) for x in (step.cos_TP, step.sin_TP)]
-        table = [_as(torch.int64, x) for x in step[5:]]
+        table = [_as(torch.int64, x) for x in step[5:11]]
         self._check(tokens, step, expert_ids_LTK)
         slots, pages, sequence, num_keys, text, vision = table
         fits = self._native.run(
@@ -169,6 +173,7 @@ class FusedDecoder:
             ),
             (text.data_ptr(), vision.data_ptr(), text.numel(), vision.numel()),
             expert_ids_LTK.data_ptr(),
+            (0, -1) if wanted is None else (wanted.data_ptr(), wanted.numel()),
         )
         if not fits:
             raise KernelError("a token's slot, sequence, length or page lies outside the cache")
