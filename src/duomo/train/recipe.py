@@ -39,6 +39,19 @@ LATER: Shares = (
     ("text", 0.09),
     ("instructions", 0.03),
 )
+RULES: Shares = (
+    ("digits", 0.26),
+    ("meters", 0.08),
+    ("charts", 0.12),
+    ("shapes", 0.08),
+    ("places", 0.08),
+    ("surface", 0.13),
+    ("nuclei", 0.03),
+    ("circuits", 0.08),
+    ("clips", 0.03),
+    ("text", 0.08),
+    ("instructions", 0.03),
+)
 ALL_CELLS: Shares = (
     ("boards", 0.1),
     ("digits", 0.15),
@@ -144,8 +157,19 @@ class Recipe:
             decay_from=0.35,
             shares=LATER,
         ),
+        replace(
+            _FAMILIES,
+            name="rules",
+            num_steps=300,
+            num_parts=2,
+            optimizer="muon",
+            rate=6e-4,
+            warmup_steps=20,
+            decay_from=0.0,
+            shares=RULES,
+        ),
     )
-    export: Shares = (("muon", 1.0),)  # weights at the ends of stages, averaged
+    export: Shares = (("rules", 1.0),)  # weights at the ends of stages, averaged
     bf16: bool = True  # products, where the processor multiplies bfloat16 (`train.precision`)
     weight_decay: float = 0.05
     clip: float = 1.0
