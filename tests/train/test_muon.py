@@ -137,7 +137,8 @@ def test_two_processes_train_the_embedded_model_as_one_does(
     monkeypatch.setattr(run.BatchSource, "batches", run.BatchSource.batches)
     train_here(tmp_path / "one")
     assert run_in(2, partial(train_here, tmp_path / "two")) == 0
-    one, two = (torch.load(tmp_path / n / "muon.pt", weights_only=True) for n in ("one", "two"))
+    file = f"{short_recipe().stages[-1].name}.pt"
+    one, two = (torch.load(tmp_path / n / file, weights_only=True) for n in ("one", "two"))
     first = run.build_model(run.Tokenizer.load(vocabulary), Recipe().seed).state_dict()
     for name, tensor in one.items():
         moved = float((tensor - first[name]).norm())
