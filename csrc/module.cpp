@@ -4,6 +4,7 @@
 void bind_kernels(nanobind::module_& m);
 void bind_vision(nanobind::module_& m);
 void bind_decoder(nanobind::module_& m);
+void bind_train(nanobind::module_& m);
 #ifdef DUOMO_HAS_TRELLIS
 void bind_trellis(nanobind::module_& m);
 #endif
@@ -14,6 +15,7 @@ NB_MODULE(_native, m) {
     bind_kernels(m);
     bind_vision(m);
     bind_decoder(m);
+    bind_train(m);
 #ifdef DUOMO_HAS_TRELLIS
     bind_trellis(m);
 #endif

@@ -214,3 +214,152 @@ class DenseDecoder(Decoder):
         likeliest: int,
         /,
     ) -> bool: ...
+
+class train:
+    """csrc/train.hpp by address; `duomo.kernels.cpu.train` knows the shapes."""
+
+    @staticmethod
+    def is_there() -> bool: ...
+    @staticmethod
+    def product(
+        ends: int,
+        experts: int,
+        outputs: int,
+        inputs: int,
+        rows: int,
+        x: int,
+        weight: int,
+        y: int,
+        is_rounded: bool,
+        threads: int,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def product_by_input(
+        ends: int,
+        experts: int,
+        outputs: int,
+        inputs: int,
+        weight: int,
+        by_y: int,
+        by_x: int,
+        is_rounded: bool,
+        threads: int,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def product_by_weight(
+        ends: int,
+        experts: int,
+        outputs: int,
+        inputs: int,
+        rows: int,
+        x: int,
+        by_y: int,
+        by_weight: int,
+        is_rounded: bool,
+        threads: int,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def causal(
+        lengths: npt.NDArray[np.int64],
+        heads: int,
+        groups: int,
+        dim: int,
+        query: int,
+        key: int,
+        value: int,
+        out: int,
+        lse: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def causal_backward(
+        lengths: npt.NDArray[np.int64],
+        heads: int,
+        groups: int,
+        dim: int,
+        query: int,
+        key: int,
+        value: int,
+        out: int,
+        lse: int,
+        by_out: int,
+        by_query: int,
+        by_key: int,
+        by_value: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def rmsnorm(
+        x: int, weight: int, eps: float, tokens: int, width: int, y: int, threads: int, /
+    ) -> None: ...
+    @staticmethod
+    def rmsnorm_backward(
+        x: int,
+        weight: int,
+        eps: float,
+        by_y: int,
+        tokens: int,
+        width: int,
+        by_x: int,
+        by_weight: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def rotate(
+        x: int, cos: int, sin: int, sign: float, tokens: int, heads: int, dim: int, y: int, threads: int, /
+    ) -> None: ...
+    @staticmethod
+    def swiglu(gate: int, up: int, stride: int, rows: int, width: int, y: int, threads: int, /) -> None: ...
+    @staticmethod
+    def swiglu_backward(
+        gate: int,
+        up: int,
+        stride: int,
+        by_y: int,
+        rows: int,
+        width: int,
+        by_gate: int,
+        by_up: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def combine(
+        rows: int, place: int, weights: int, tokens: int, chosen: int, width: int, out: int, threads: int, /
+    ) -> None: ...
+    @staticmethod
+    def combine_backward(
+        rows: int,
+        place: int,
+        weights: int,
+        by_out: int,
+        tokens: int,
+        chosen: int,
+        width: int,
+        by_rows: int,
+        by_weights: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def cross_entropy(
+        logits: int, labels: int, tokens: int, words: int, loss: int, lse: int, threads: int, /
+    ) -> None: ...
+    @staticmethod
+    def cross_entropy_backward(
+        logits: int,
+        labels: int,
+        lse: int,
+        by_loss: int,
+        tokens: int,
+        words: int,
+        by_logits: int,
+        threads: int,
+        /,
+    ) -> None: ...

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from duomo import kernels
 from duomo.errors import TrainingError
 from duomo.tasks.pools import Pools
 from duomo.train import joint_stage, run
-from duomo.train.precision import Bf16Products
 from duomo.train.recipe import Recipe, config_of
 from duomo.train.render import Renderer
 
@@ -99,7 +99,7 @@ def test_bf16_products_stay_near_those_of_fp32(tokenizer, pools: Pools) -> None:
     stage, renderer = replace(Recipe().stages[-1], batch_size=12), Renderer(tokenizer)
     batch = joint_stage.example_batch(np.random.default_rng(1), pools, renderer, stage, 12)
     gradients, found = [], []
-    for context in (nullcontext(), Bf16Products()):
+    for context in (nullcontext(), kernels.rounded_products()):
         model = run.build_model(tokenizer, 2)
         with context:
             loss, _ = joint_stage.answer_loss(model, batch)

@@ -5,6 +5,7 @@ Which set serves packed weights is decided at load: DUOMO_KERNELS, else C++ wher
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -28,12 +29,8 @@ from duomo.kernels.reference import (
     Norm,
     Routing,
     attention,
-    experts,
     layernorm,
-    linear,
-    rmsnorm,
     rotate_halves,
-    rotate_pairs,
     route,
     swiglu,
 )
@@ -65,8 +62,11 @@ __all__ = [
     "Routing",
     "TrellisWeight",
     "attention",
+    "causal_attention",
+    "cross_entropy",
     "dense_linear",
     "experts",
+    "gated",
     "is_native",
     "layernorm",
     "linear",
@@ -80,9 +80,11 @@ __all__ = [
     "rmsnorm",
     "rotate_halves",
     "rotate_pairs",
+    "rounded_products",
     "route",
     "swiglu",
     "takes_heads",
+    "trains_natively",
     "vision_blocks",
 ]
 
@@ -95,6 +97,67 @@ def _takes(x: Tensor) -> bool:
     return is_native and x.device.type == "cpu"
 
 
+def trains_natively() -> bool:
+    """Steps of training have kernels of their own here; they may round their products to bf16."""
+    return is_native and cpu.train.is_there()
+
+
+def _trains(*tensors: Tensor) -> bool:
+    return cpu.train.takes(*tensors) and trains_natively()
+
+
+def rounded_products() -> AbstractContextManager[None]:
+    """Training's products in bf16 where it has kernels of its own, else as they were."""
+    return cpu.train.rounded_products() if trains_natively() else nullcontext()
+
+
+def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """x[..., K] W^T + bias."""
+    chosen = cpu.train.linear if _trains(x, weight_NK) else reference.linear
+    return chosen(x, weight_NK, bias_N)
+
+
+def experts(
+    hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Sum over a token's K experts of weight * down(silu(gate x) * up x). Returns [T, D]."""
+    is_fast = _trains(hidden_TD, weights_TK, gate_up_EFD, down_EDF)
+    chosen = cpu.train.experts if is_fast else reference.experts
+    return chosen(hidden_TD, expert_ids_TK, weights_TK, gate_up_EFD, down_EDF)
+
+
+def causal_attention(query_TNH: Tensor, key_TGH: Tensor, value_TGH: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Whole sequences of `lengths` side by side, each causally within itself. Returns [T, N, H]."""
+    is_fast = query_TNH.shape[-1] % cpu.train.HEAD_MULTIPLE == 0 and _trains(query_TNH, key_TGH, value_TGH)
+    chosen = cpu.train.causal_attention if is_fast else reference.causal_attention
+    return chosen(query_TNH, key_TGH, value_TGH, lengths)
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D] over the root of its mean square, times weight."""
+    chosen = cpu.train.rmsnorm if _trains(x, weight) else reference.rmsnorm
+    return chosen(x, weight, eps)
+
+
+def rotate_pairs(x_TNH: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+    """Rotates adjacent pairs; cos and sin are fp32 [T, H/2]."""
+    is_fast = x_TNH.shape[-1] % cpu.train.HEAD_MULTIPLE == 0 and _trains(x_TNH)
+    chosen = cpu.train.rotate_pairs if is_fast else reference.rotate_pairs
+    return chosen(x_TNH, cos_TP, sin_TP)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    chosen = cpu.train.gated if _trains(gate, up) else reference.gated
+    return chosen(gate, up)
+
+
+def cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    """[T] in fp32; zero where the label is -100."""
+    chosen = cpu.train.cross_entropy if _trains(logits_TV) else reference.cross_entropy
+    return chosen(logits_TV, labels_T)
+
+
 def dense_linear(x_TK: Tensor, weight: DenseWeight | Tensor) -> Tensor:
     """x W^T + bias; native in inference over fp32. A bare matrix [N, K] is borrowed."""
     weight_NK = weight.weight if isinstance(weight, DenseWeight) else weight
@@ -103,7 +166,7 @@ def dense_linear(x_TK: Tensor, weight: DenseWeight | Tensor) -> Tensor:
         return cpu.dense.dense_linear(x_TK, own)
     if isinstance(weight, DenseWeight):
         return reference.dense_linear(x_TK, weight)
-    return reference.linear(x_TK, weight)
+    return linear(x_TK, weight)
 
 
 def packed_linear(x: Tensor, weight: PackedWeight, index: int = 0) -> Tensor:

@@ -46,9 +46,7 @@ class PackedCausal:
     def attend(
         self, layer_index: int, query_TNH: Tensor, key_TGH: Tensor, value_TGH: Tensor, batch: Batch
     ) -> Tensor:
-        lengths = list(batch.num_new)
-        pieces = zip(query_TNH.split(lengths), key_TGH.split(lengths), value_TGH.split(lengths), strict=True)
-        return torch.cat([kernels.attention(q, k, v) for q, k, v in pieces])
+        return kernels.causal_attention(query_TNH, key_TGH, value_TGH, batch.num_new)
 
 
 class PlainCache:

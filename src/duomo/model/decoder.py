@@ -49,5 +49,5 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             hidden_TD = layer(hidden_TD, rotation, index, batch, cache)
         if batch.logit_rows is not None:
-            hidden_TD = hidden_TD[batch.logit_rows]
+            hidden_TD = hidden_TD.index_select(0, batch.logit_rows)
         return self.norm(hidden_TD)  # type: ignore[no-any-return]

@@ -27,7 +27,7 @@ class MLP(nn.Module):
     def forward(
         self, hidden_TD: Tensor, batch: Batch | None = None, chosen_TK: Tensor | None = None
     ) -> Tensor:
-        return self.down(nn.functional.silu(self.gate(hidden_TD)) * self.up(hidden_TD))  # type: ignore[no-any-return]
+        return self.down(kernels.gated(self.gate(hidden_TD), self.up(hidden_TD)))  # type: ignore[no-any-return]
 
 
 class Router(nn.Module):
@@ -90,6 +90,7 @@ class Experts(nn.Module):
             return self.text(hidden_TD, chosen_TK)  # type: ignore[no-any-return]
         if not text_rows.numel():
             return self.vision(hidden_TD, chosen_TK)  # type: ignore[no-any-return]
+        text_TD, vision_TD = (hidden_TD.index_select(0, rows) for rows in (text_rows, vision_rows))
         out_TD = torch.zeros_like(hidden_TD)
-        out_TD = out_TD.index_copy(0, text_rows, self.text(hidden_TD[text_rows], chosen_TK, text_rows))
-        return out_TD.index_copy(0, vision_rows, self.vision(hidden_TD[vision_rows], chosen_TK, vision_rows))
+        out_TD = out_TD.index_copy(0, text_rows, self.text(text_TD, chosen_TK, text_rows))
+        return out_TD.index_copy(0, vision_rows, self.vision(vision_TD, chosen_TK, vision_rows))

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from duomo.kernels import cross_entropy
 from duomo.model import Ernie, PackedCausal, build_batch
 from duomo.processing.patches import normalize
 from duomo.processing.prompt import Grid, Prompt
@@ -33,7 +33,7 @@ class PackOutput:
 
     def log_probs(self) -> Tensor:
         """[L] of the labels."""
-        return -F.cross_entropy(self.logits_LV.float(), self.labels_L, reduction="none")
+        return -cross_entropy(self.logits_LV.float(), self.labels_L)
 
     def by_sequence(self, values_L: Tensor) -> Tensor:
         """[S], summed over each sequence's labels."""

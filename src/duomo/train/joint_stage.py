@@ -11,8 +11,8 @@ from collections import defaultdict
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from duomo.kernels import cross_entropy
 from duomo.model import Ernie
 from duomo.tasks import Example, digits
 from duomo.tasks.families import FAMILIES
@@ -54,7 +54,7 @@ def answer_loss(model: Ernie, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
     labels = torch.from_numpy(batch.labels_BL.reshape(-1)).to(device)
     labels = labels[labels != IGNORE]
     logits = model.unembed(hidden)
-    return F.cross_entropy(logits, labels), logits.argmax(-1) == labels
+    return cross_entropy(logits, labels).mean(), logits.argmax(-1) == labels
 
 
 def exact_answers(batch: TrainingBatch, right: Tensor) -> dict[str, list[bool]]:

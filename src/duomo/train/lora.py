@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from duomo import kernels
 from duomo.errors import TrainingError
 from duomo.model.experts import ExpertBank, Router
 from duomo.model.layers import Linear
@@ -100,13 +101,13 @@ class LoraBank(nn.Module):
         added = torch.cat((gate, self._added(x, self.up_a[expert], self.up_b[expert])), dim=-1)
         if isinstance(self.base, FrozenBank):
             return self.base.expert_gate_up(x, expert) + added
-        return F.linear(x, self.base.gate_up[expert]) + added
+        return kernels.linear(x, self.base.gate_up[expert]) + added
 
     def expert_down(self, inner: Tensor, expert: int) -> Tensor:
         added = self._added(inner, self.down_a[expert], self.down_b[expert])
         if isinstance(self.base, FrozenBank):
             return self.base.expert_down(inner, expert) + added
-        return F.linear(inner, self.base.down[expert]) + added
+        return kernels.linear(inner, self.base.down[expert]) + added
 
     def _added(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return self.scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))

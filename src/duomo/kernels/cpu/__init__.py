@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from duomo import env
 from duomo.errors import NoBackend
-from duomo.kernels.cpu import dense
+from duomo.kernels.cpu import dense, train
 from duomo.kernels.cpu.decoder import (
     BankWeights,
     DecoderSizes,
@@ -57,6 +57,7 @@ __all__ = [
     "rmsnorm",
     "route",
     "takes_heads",
+    "train",
     "vision_attention",
     "vision_blocks",
     "vision_mlp",

@@ -1,8 +1,9 @@
 """The plain torch version of every operation: the specification its fast twins are compared with."""
 
-from duomo.kernels.reference.attention import attention
-from duomo.kernels.reference.experts import experts, swiglu
-from duomo.kernels.reference.linear import dense_linear, linear, panel_linear
+from duomo.kernels.reference.attention import attention, causal_attention
+from duomo.kernels.reference.cross_entropy import cross_entropy
+from duomo.kernels.reference.experts import experts, gated, swiglu
+from duomo.kernels.reference.linear import dense_linear, linear, panel_linear, rounded_linear
 from duomo.kernels.reference.norm import layernorm, rmsnorm
 from duomo.kernels.reference.packed import (
     packed_experts,
@@ -30,9 +31,12 @@ __all__ = [
     "Norm",
     "Routing",
     "attention",
+    "causal_attention",
+    "cross_entropy",
     "dense_linear",
     "experts",
     "frame_attention",
+    "gated",
     "layernorm",
     "linear",
     "packed_experts",
@@ -45,6 +49,7 @@ __all__ = [
     "rmsnorm",
     "rotate_halves",
     "rotate_pairs",
+    "rounded_linear",
     "route",
     "swiglu",
     "vision_attention",

@@ -5,6 +5,9 @@ Sequences are never padded into one another: a token's result does not depend on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +30,12 @@ def attention(query_TNH: Tensor, key_UGH: Tensor, value_UGH: Tensor, is_causal: 
         enable_gqa=query_TNH.shape[1] != key_UGH.shape[1],
     )
     return out[0].transpose(0, 1)
+
+
+def causal_attention(query_TNH: Tensor, key_TGH: Tensor, value_TGH: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Whole sequences of `lengths` side by side, each causally within itself. Returns [T, N, H]."""
+    pieces = zip(*(x.split(list(lengths)) for x in (query_TNH, key_TGH, value_TGH)), strict=True)
+    return torch.cat([attention(query, key, value) for query, key, value in pieces])
 
 
 def _lower_right(num_new: int, num_all: int) -> Tensor:

@@ -15,7 +15,11 @@ from duomo.kernels.reference.linear import linear
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """[..., 2F] -> [..., F]: silu(first half) * second half."""
-    gate, up = gate_up.chunk(2, dim=-1)
+    return gated(*gate_up.chunk(2, dim=-1))
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
     return F.silu(gate) * up
 
 

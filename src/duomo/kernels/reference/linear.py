@@ -7,8 +7,11 @@ odd row; from 16 rows on, in multiples of 16, and in bf16 at any count, a row's 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import functional as F
 
 from duomo.kernels.weights import DenseForm, DenseWeight
@@ -50,3 +53,23 @@ def dense_linear(x_TK: Tensor, weight: DenseWeight) -> Tensor:
     if weight.form is DenseForm.BORROWED:
         return linear(x_TK, weight.weight, weight.bias)
     return panel_linear(x_TK, weight.weight, weight.bias, weight.form is DenseForm.ROUNDED)
+
+
+def rounded_linear(x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+    """x W^T as training multiplies in bf16: both sides of its three products are rounded, sums fp32."""
+    product: Tensor = _Rounded.apply(x_TK, weight_NK)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _Rounded(Function):
+    @staticmethod
+    def forward(ctx: Any, x_TK: Tensor, weight_NK: Tensor) -> Tensor:
+        x, weight = x_TK.bfloat16().float(), weight_NK.bfloat16().float()
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        by_y = gradients[0].bfloat16().float()
+        return by_y @ weight, by_y.T @ x

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from duomo.checkpoints import load_model
 from duomo.errors import Error
+from duomo.kernels import cross_entropy
 from duomo.model import Ernie, PackedCausal, build_batch
 from duomo.train.precision import fast_products
 
@@ -126,7 +127,7 @@ def our_loss(model: Ernie, work: Work) -> Tensor:
     wanted = torch.cat([row[:count] for row, count in zip(shifted, work.lengths, strict=True)])
     rows = (wanted != -100).nonzero().flatten()
     hidden = model(replace(batch, logit_rows=rows), PackedCausal())
-    return F.cross_entropy(model.unembed(hidden), wanted[rows])
+    return cross_entropy(model.unembed(hidden), wanted[rows]).mean()
 
 
 def their_loss(model: Any, work: Work, patch_id: int) -> Tensor:

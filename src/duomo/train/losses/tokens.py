@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from duomo.kernels import cross_entropy
 
 IGNORE = -100
 
 
 def token_loss(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     """Mean over labels that are not IGNORE; zero, with a gradient, where there is none."""
-    total = F.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORE, reduction="sum")
+    total = cross_entropy(logits_TV.float(), labels_T).sum()
     return total / (labels_T != IGNORE).sum().clamp(min=1)
 
 
 def summed_token_loss(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     """Sum over labels that are not IGNORE: what packs of one step add up, to be divided once."""
-    return F.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORE, reduction="sum")
+    return cross_entropy(logits_TV.float(), labels_T).sum()
 
 
 def token_balanced_loss(logits_TV: Tensor, labels_T: Tensor, tokens_per_step: int) -> Tensor:
     """The mean in value; the gradient of the sum / `tokens_per_step` (max_seq_len * rows)."""
-    total = F.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORE, reduction="sum")
+    total = cross_entropy(logits_TV.float(), labels_T).sum()
     mean = total.detach() / (labels_T != IGNORE).sum().clamp(min=1)
     carrier = total / tokens_per_step
     return mean + carrier - carrier.detach()

@@ -1,0 +1,355 @@
+"""The model's operations where gradients are wanted: csrc/train.hpp behind torch's autograd.
+
+Each takes what its twin in `kernels.reference` takes and gives its result and gradients up to rounding; a
+gradient that nobody asked for is not computed. `rounded_products` says whether products round both sides to
+bf16, which a product remembers for its gradients. Threads are torch's number, not the engine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+_is_rounded: ContextVar[bool] = ContextVar("is_rounded", default=False)
+_PLAIN = (Tensor, nn.Parameter)  # not shards of several processes
+HEAD_MULTIPLE = 16
+
+
+def is_there() -> bool:
+    """AVX-512 with BF16, which DUOMO_CPU_ISA has not capped."""
+    from duomo import _native
+
+    return _native.train.is_there()
+
+
+@contextmanager
+def rounded_products() -> Iterator[None]:
+    """Products in here multiply bf16 by bf16 and add in fp32, forward and backward."""
+    token = _is_rounded.set(True)
+    try:
+        yield
+    finally:
+        _is_rounded.reset(token)
+
+
+def takes(*tensors: Tensor) -> bool:
+    """fp32 on the CPU, with a gradient for at least one; within `rounded_products` frozen ones, too."""
+    return (
+        torch.is_grad_enabled()
+        and (_is_rounded.get() or any(x.requires_grad for x in tensors))
+        and all(type(x) in _PLAIN and x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+    )
+
+
+def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """x[..., K] W^T + bias."""
+    product: Tensor = _Linear.apply(x, weight_NK)  # type: ignore[no-untyped-call]
+    return product if bias_N is None else product + bias_N
+
+
+def experts(
+    hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """All experts of a bank in one product forward and two backward, for each of its two matrices."""
+    out: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
+        hidden_TD, weights_TK, gate_up_EFD, down_EDF, expert_ids_TK
+    )
+    return out
+
+
+def causal_attention(query_TNH: Tensor, key_TGH: Tensor, value_TGH: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Every sequence of T tokens within itself."""
+    out: Tensor = _Causal.apply(query_TNH, key_TGH, value_TGH, lengths)  # type: ignore[no-untyped-call]
+    return out
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return out
+
+
+def rotate_pairs(x_TNH: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+    out: Tensor = _Rotation.apply(x_TNH, cos_TP, sin_TP)  # type: ignore[no-untyped-call]
+    return out
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    out: Tensor = _Gated.apply(gate, up)  # type: ignore[no-untyped-call]
+    return out
+
+
+def cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    """[T]; a label below zero costs nothing."""
+    loss: Tensor = _CrossEntropy.apply(logits_TV, labels_T)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _Bank:
+    """Products of rows sorted by matrix with a bank [E, N, K], of which a plain matrix is one."""
+
+    def __init__(self, weight: Tensor, ends_E: Tensor, rows: Tensor | None = None) -> None:
+        self.weight = weight.contiguous()
+        self.ends, self.rows = ends_E, rows
+        self.outputs, self.inputs = weight.shape[-2:]
+        self.is_rounded = _is_rounded.get()
+
+    def _call(self) -> tuple[int, int, int, int]:
+        return self.ends.data_ptr(), self.ends.numel(), self.outputs, self.inputs
+
+    def _how(self) -> tuple[bool, int]:
+        return self.is_rounded, torch.get_num_threads()
+
+    def _rows_address(self) -> int:
+        return 0 if self.rows is None else self.rows.data_ptr()
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = len(x) if self.rows is None else len(self.rows)
+        y = x.new_empty(count, self.outputs)
+        addresses = self._rows_address(), x.data_ptr(), self.weight.data_ptr(), y.data_ptr()
+        _train().product(*self._call(), *addresses, *self._how())
+        return y
+
+    def by_input(self, by_y: Tensor) -> Tensor:
+        """Of the rows as they are sorted."""
+        by_x = by_y.new_empty(len(by_y), self.inputs)
+        addresses = self.weight.data_ptr(), by_y.data_ptr(), by_x.data_ptr()
+        _train().product_by_input(*self._call(), *addresses, *self._how())
+        return by_x
+
+    def by_weight(self, x: Tensor, by_y: Tensor) -> Tensor:
+        by_weight = torch.empty_like(self.weight)
+        addresses = self._rows_address(), x.data_ptr(), by_y.data_ptr(), by_weight.data_ptr()
+        _train().product_by_weight(*self._call(), *addresses, *self._how())
+        return by_weight
+
+
+def _train() -> Any:
+    from duomo import _native
+
+    return _native.train
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_NK: Tensor) -> Tensor:
+        rows = x.reshape(x.numel() // x.shape[-1], x.shape[-1]).contiguous()
+        bank = _Bank(weight_NK, torch.tensor([len(rows)]))
+        ctx.save_for_backward(rows, weight_NK)
+        ctx.bank, ctx.shape = bank, x.shape
+        return bank.forward(rows).reshape(*x.shape[:-1], bank.outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, _ = ctx.saved_tensors
+        by_rows = by_y.reshape(len(rows), ctx.bank.outputs).contiguous()
+        wants_x, wants_weight = ctx.needs_input_grad
+        by_x = ctx.bank.by_input(by_rows).reshape(ctx.shape) if wants_x else None
+        return by_x, ctx.bank.by_weight(rows, by_rows) if wants_weight else None
+
+
+class _Experts(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weights_TK: Tensor,
+        gate_up_EFD: Tensor,
+        down_EDF: Tensor,
+        expert_ids_TK: Tensor,
+    ) -> Tensor:
+        hidden, weights = hidden_TD.contiguous(), weights_TK.contiguous()
+        num_chosen = expert_ids_TK.shape[1]
+        # numpy: a sort of small integers, and counts, for a tenth of what the same calls of torch cost
+        pairs = expert_ids_TK.numpy().ravel()
+        order = np.argsort(pairs.astype(np.int16), kind="stable")
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        ends = torch.from_numpy(np.bincount(pairs, minlength=len(down_EDF)).cumsum())
+        first = _Bank(gate_up_EFD, ends, torch.from_numpy(order // num_chosen))
+        second = _Bank(down_EDF, ends)
+        gate_up = first.forward(hidden)
+        inner = _swiglu(gate_up)
+        pairs_XD = second.forward(inner)
+        ctx.banks, ctx.place = (first, second), torch.from_numpy(place)
+        ctx.save_for_backward(hidden, weights, gate_up_EFD, down_EDF, gate_up, inner, pairs_XD)
+        return _combine(pairs_XD, ctx.place, weights, hidden.shape, num_chosen)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_out: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weights, _, _, gate_up, inner, pairs_XD = ctx.saved_tensors
+        first, second = ctx.banks
+        wants_hidden, _, wants_first, wants_second, _ = ctx.needs_input_grad
+        by_out = by_out.contiguous()
+        by_pairs, by_weights = torch.empty_like(pairs_XD), torch.empty_like(weights)
+        _train().combine_backward(
+            pairs_XD.data_ptr(), ctx.place.data_ptr(), weights.data_ptr(), by_out.data_ptr(),
+            *weights.shape, hidden.shape[1], by_pairs.data_ptr(), by_weights.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        by_down = second.by_weight(inner, by_pairs) if wants_second else None
+        if not (wants_hidden or wants_first):
+            return None, by_weights, None, by_down, None
+        by_inner = second.by_input(by_pairs)
+        by_gate_up = _swiglu_backward(gate_up, by_inner)
+        by_first = first.by_weight(hidden, by_gate_up) if wants_first else None
+        by_hidden = None
+        if wants_hidden:
+            by_rows = first.by_input(by_gate_up)
+            by_hidden = _combine(by_rows, ctx.place, None, hidden.shape, weights.shape[1])
+        return by_hidden, by_weights, by_first, by_down, None
+
+
+def _swiglu(gate_up_X2F: Tensor) -> Tensor:
+    count, width = gate_up_X2F.shape[0], gate_up_X2F.shape[1] // 2
+    out = gate_up_X2F.new_empty(count, width)
+    gate = gate_up_X2F.data_ptr()
+    _train().swiglu(gate, gate + 4 * width, 2 * width, count, width, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def _swiglu_backward(gate_up_X2F: Tensor, by_y: Tensor) -> Tensor:
+    count, width = by_y.shape
+    out = torch.empty_like(gate_up_X2F)
+    gate, by_gate = gate_up_X2F.data_ptr(), out.data_ptr()
+    up, by_up = gate + 4 * width, by_gate + 4 * width
+    _train().swiglu_backward(
+        gate, up, 2 * width, by_y.data_ptr(), count, width, by_gate, by_up, torch.get_num_threads()
+    )
+    return out
+
+
+def _combine(
+    rows: Tensor, place: Tensor, weights: Tensor | None, shape: Sequence[int], num_chosen: int
+) -> Tensor:
+    out = rows.new_empty(*shape)
+    _train().combine(
+        rows.data_ptr(), place.data_ptr(), 0 if weights is None else weights.data_ptr(),
+        shape[0], num_chosen, shape[1], out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+class _Causal(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query_TNH: Tensor, key_TGH: Tensor, value_TGH: Tensor, lengths: Sequence[int]
+    ) -> Tensor:
+        query, key, value = query_TNH.contiguous(), key_TGH.contiguous(), value_TGH.contiguous()
+        tokens, heads, dim = query.shape
+        ctx.shape = np.asarray(lengths, dtype=np.int64), heads, key.shape[1], dim
+        out, lse = torch.empty_like(query), query.new_empty(tokens, heads)
+        ctx.save_for_backward(query, key, value, out, lse)
+        addresses = [x.data_ptr() for x in (query, key, value, out, lse)]
+        _train().causal(*ctx.shape, *addresses, torch.get_num_threads())
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_out: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        by = [torch.empty_like(x) for x in saved[:3]]
+        given = (*saved, by_out.contiguous(), *by)
+        _train().causal_backward(*ctx.shape, *(x.data_ptr() for x in given), torch.get_num_threads())
+        return *by, None
+
+
+class _RMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        y = torch.empty_like(x)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        ctx.size = x.numel() // x.shape[-1], x.shape[-1]
+        _train().rmsnorm(
+            x.data_ptr(), weight.data_ptr(), eps, *ctx.size, y.data_ptr(), torch.get_num_threads()
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        by_y, by_x, by_weight = by_y.contiguous(), torch.empty_like(x), torch.empty_like(weight)
+        _train().rmsnorm_backward(
+            x.data_ptr(), weight.data_ptr(), ctx.eps, by_y.data_ptr(), *ctx.size,
+            by_x.data_ptr(), by_weight.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return by_x, by_weight, None
+
+
+class _Rotation(Function):
+    @staticmethod
+    def forward(ctx: Any, x_TNH: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+        ctx.angles = cos_TP.contiguous(), sin_TP.contiguous()
+        return _turned(x_TNH, *ctx.angles, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_y: Tensor) -> tuple[Tensor | None, ...]:
+        return _turned(by_y, *ctx.angles, -1.0), None, None
+
+
+def _turned(x_TNH: Tensor, cos_TP: Tensor, sin_TP: Tensor, sign: float) -> Tensor:
+    x = x_TNH.contiguous()
+    y = torch.empty_like(x)
+    angles = cos_TP.data_ptr(), sin_TP.data_ptr()
+    _train().rotate(x.data_ptr(), *angles, sign, *x.shape, y.data_ptr(), torch.get_num_threads())
+    return y
+
+
+class _Gated(Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        y, width = torch.empty_like(gate), gate.shape[-1]
+        ctx.save_for_backward(gate, up)
+        ctx.size = gate.numel() // width, width
+        addresses = gate.data_ptr(), up.data_ptr(), width
+        _train().swiglu(*addresses, *ctx.size, y.data_ptr(), torch.get_num_threads())
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_y: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        by_y, by_gate, by_up = by_y.contiguous(), torch.empty_like(gate), torch.empty_like(up)
+        addresses = gate.data_ptr(), up.data_ptr(), gate.shape[-1], by_y.data_ptr()
+        by = by_gate.data_ptr(), by_up.data_ptr()
+        _train().swiglu_backward(*addresses, *ctx.size, *by, torch.get_num_threads())
+        return by_gate, by_up
+
+
+class _CrossEntropy(Function):
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+        logits, labels = logits_TV.contiguous(), labels_T.contiguous()
+        assert labels.numel() == 0 or int(labels.max()) < logits.shape[1], "a label outside the vocabulary"
+        loss, lse = logits.new_empty(len(logits)), logits.new_empty(len(logits))
+        ctx.save_for_backward(logits, labels, lse)
+        addresses = loss.data_ptr(), lse.data_ptr()
+        given = logits.data_ptr(), labels.data_ptr()
+        _train().cross_entropy(*given, *logits.shape, *addresses, torch.get_num_threads())
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor, None]:
+        logits, labels, lse = ctx.saved_tensors
+        by_loss, by_logits = by_loss.contiguous(), torch.empty_like(logits)
+        addresses = logits.data_ptr(), labels.data_ptr(), lse.data_ptr(), by_loss.data_ptr()
+        _train().cross_entropy_backward(
+            *addresses, *logits.shape, by_logits.data_ptr(), torch.get_num_threads()
+        )
+        return by_logits, None
