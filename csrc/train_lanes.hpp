@@ -213,7 +213,7 @@ inline void multiply_packed(const uint32_t* a, int64_t a_units, int64_t rows, co
 
 // 2^x and e^x: a polynomial on [-1/2, 1/2], scaled. Below -126 (as with masked scores) 0 comes out.
 inline __m512 exp2(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-160.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-160.0f), x);  // in this order a NaN stays one
     const __m512 whole = _mm512_roundscale_ps(x, 8);
     const __m512 f = _mm512_sub_ps(x, whole);
     __m512 p = _mm512_set1_ps(1.535336188e-4f);
@@ -222,7 +222,7 @@ inline __m512 exp2(__m512 x) {
     return _mm512_scalef_ps(p, whole);
 }
 inline __m512 exp(__m512 x) {
-    return exp2(_mm512_mul_ps(_mm512_min_ps(x, _mm512_set1_ps(88.0f)), _mm512_set1_ps(1.44269504f)));
+    return exp2(_mm512_mul_ps(_mm512_min_ps(_mm512_set1_ps(88.0f), x), _mm512_set1_ps(1.44269504f)));
 }
 
 }  // namespace

@@ -51,6 +51,7 @@ def takes(*tensors: Tensor) -> bool:
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x[..., K] W^T + bias."""
+    assert x.shape[-1] == weight_NK.shape[1], f"rows {list(x.shape)} for a matrix {list(weight_NK.shape)}"
     product: Tensor = _Linear.apply(x, weight_NK)  # type: ignore[no-untyped-call]
     return product if bias_N is None else product + bias_N
 
@@ -59,6 +60,9 @@ def experts(
     hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor
 ) -> Tensor:
     """All experts of a bank in one product forward and two backward, for each of its two matrices."""
+    num_experts, size, width = gate_up_EFD.shape
+    assert down_EDF.shape == (num_experts, width, size // 2) and hidden_TD.shape[1] == width, "no such bank"
+    assert weights_TK.shape == expert_ids_TK.shape and len(hidden_TD) == len(weights_TK)
     out: Tensor = _Experts.apply(  # type: ignore[no-untyped-call]
         hidden_TD, weights_TK, gate_up_EFD, down_EDF, expert_ids_TK
     )
@@ -66,23 +70,28 @@ def experts(
 
 
 def causal_attention(query_TNH: Tensor, key_TGH: Tensor, value_TGH: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Every sequence of T tokens within itself."""
+    """Every sequence within itself."""
+    assert sum(lengths) == len(query_TNH) and key_TGH.shape == value_TGH.shape
+    assert query_TNH.shape[::2] == key_TGH.shape[::2], "queries and keys of one width and number"
     out: Tensor = _Causal.apply(query_TNH, key_TGH, value_TGH, lengths)  # type: ignore[no-untyped-call]
     return out
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    assert weight.shape == x.shape[-1:], "one weight a column"
     out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out
 
 
 def rotate_pairs(x_TNH: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+    assert cos_TP.shape == sin_TP.shape == (len(x_TNH), x_TNH.shape[-1] // 2), "one angle a pair"
     out: Tensor = _Rotation.apply(x_TNH, cos_TP, sin_TP)  # type: ignore[no-untyped-call]
     return out
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
+    assert gate.shape == up.shape
     out: Tensor = _Gated.apply(gate, up)  # type: ignore[no-untyped-call]
     return out
 
@@ -175,6 +184,7 @@ class _Experts(Function):
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
         ends = torch.from_numpy(np.bincount(pairs, minlength=len(down_EDF)).cumsum())
+        assert len(ends) == len(down_EDF), "an expert's number is not in the bank"
         first = _Bank(gate_up_EFD, ends, torch.from_numpy(order // num_chosen))
         second = _Bank(down_EDF, ends)
         gate_up = first.forward(hidden)
@@ -293,19 +303,19 @@ class _Rotation(Function):
     @staticmethod
     def forward(ctx: Any, x_TNH: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
         ctx.angles = cos_TP.contiguous(), sin_TP.contiguous()
-        return _turned(x_TNH, *ctx.angles, 1.0)
+        return _turned(x_TNH, ctx.angles, 1.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_y: Tensor) -> tuple[Tensor | None, ...]:
-        return _turned(by_y, *ctx.angles, -1.0), None, None
+        return _turned(by_y, ctx.angles, -1.0), None, None
 
 
-def _turned(x_TNH: Tensor, cos_TP: Tensor, sin_TP: Tensor, sign: float) -> Tensor:
+def _turned(x_TNH: Tensor, angles: tuple[Tensor, Tensor], sign: float) -> Tensor:
     x = x_TNH.contiguous()
     y = torch.empty_like(x)
-    angles = cos_TP.data_ptr(), sin_TP.data_ptr()
-    _train().rotate(x.data_ptr(), *angles, sign, *x.shape, y.data_ptr(), torch.get_num_threads())
+    cos, sin = (angle.data_ptr() for angle in angles)
+    _train().rotate(x.data_ptr(), cos, sin, sign, *x.shape, y.data_ptr(), torch.get_num_threads())
     return y
 
 

@@ -3,9 +3,9 @@
 Same sizes, same weights (transformers saves, we load), same ids, pictures and labels, AdamW over all fp32
 parameters. Rows of one length, and mixed ones, where transformers pads and we do not; tokens are counted
 without padding. Products are fp32 on both sides, then bf16: ours as `dtype: bfloat16` of a recipe makes
-them, theirs under `torch.autocast`; the ratio is to the faster of theirs in fp32 and bf16. Steps alternate,
-so load and clock strike all alike; medians are of the same number of steps. The first losses must agree,
-or nothing is timed.
+them, theirs under `torch.autocast`; the ratio is to the faster of theirs in fp32 and bf16. Both take torch's
+number of threads. Steps alternate, so load and clock strike all alike; medians are of the same number of
+steps. The first losses must agree, or nothing is timed.
 """
 
 from __future__ import annotations
