@@ -91,10 +91,11 @@ def test_every_instruction_set_gives_the_same_bits(form):
     assert all(torch.equal(results[0], other) for other in results)
 
 
-def test_gradients_and_bf16_are_torchs(form):
+def test_gradients_and_bf16_ask_the_modules(form):
     model, plain = fused(form)
     x = patches(PICTURE)
-    model.requires_grad_(True)
+    for own in (model, plain):
+        own.requires_grad_(True)
     assert torch.equal(model.encode(x, [PICTURE]), plain.encode(x, [PICTURE])), "gradients are enabled"
     model.encode(x, [PICTURE]).sum().backward()
     assert model.vision_tower.blocks[0].attention.qkv.weight.grad is not None
