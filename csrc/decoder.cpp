@@ -141,6 +141,7 @@ struct Pass {
         float* const y[2] = {grown(work.key, tokens * narrow), grown(work.value, tokens * narrow)};
         linear_shared(banks, 2, normed, tokens, y);
         remember(index, y[0], y[1]);
+        if (!count) return;
         const float* asking = gather(normed, stack.width, step.wanted, count, work.wanted.normed);
         float* query = grown(work.second, count * std::max(stack.width, wide));
         linear_shared(&layer.q, 1, asking, count, &query);
@@ -249,20 +250,18 @@ void run_decoder(const DecoderStack<Bank>& stack, const PagedStore& store, const
     }
     if (step.num_wanted < 0) {
         pass.norm(stack.norm, out);
-    } else if (step.num_wanted) {
+    } else {
         const StepTokens few = wanted_of(step, stack.head_dim / 2, stack.chosen, work.wanted);
         gather(hidden, stack.width, step.wanted, step.num_wanted, work.wanted.hidden);
         const Pass<Bank> part{stack, store, few, work, work.wanted.hidden.data()};
         const auto& layer = stack.layers[size_t(last)];
         pass.attention_of_wanted(layer, last, part);
-        part.feed_forward(layer, 0);  // whose expert_ids are of this layer alone
+        if (few.tokens) part.feed_forward(layer, 0);  // whose expert_ids are of this layer alone
         if (layer.text.router)
             for (int64_t i = 0; i < few.tokens; ++i)
                 std::copy_n(few.expert_ids + i * stack.chosen, stack.chosen,
                             step.expert_ids + (last * step.tokens + step.wanted[i]) * stack.chosen);
         part.norm(stack.norm, out);
-    } else {
-        pass.attention(stack.layers[size_t(last)], last);  // for its keys and values
     }
     if (step.tokens * stack.width < kLargeStep) return;
     work = {};  // a prompt's 40 MB are not for the tokens that come one by one after it

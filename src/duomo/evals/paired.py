@@ -138,8 +138,8 @@ def ask_both(
         print(progress(len(done), len(order), left, rows), flush=True)
         if path:
             result: dict[str, Any] = {
-                "first": str(folders[0]),
-                "second": str(folders[1]),
+                "first": folders[0].name,
+                "second": folders[1].name,
                 "questions": {"num": len(questions), "answered": len(done), "hash": digest},
                 "rows": rows,
                 "date": time.strftime("%Y-%m-%d"),

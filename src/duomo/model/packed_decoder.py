@@ -47,7 +47,7 @@ class PackedDecoder(OneCallDecoder):
             for bank, rows in ((layer.mlp.text, batch.text_rows), (layer.mlp.vision, batch.vision_rows)):
                 if isinstance(bank, PackedExperts) and bank.listener is not None and rows.numel():
                     told_TK = chosen_TK if is_single else chosen_TK[rows]
-                    bank.listener(told_TK[told_TK[:, 0] >= 0])
+                    bank.listener(told_TK[told_TK[:, 0] >= 0] if layer is self.layers[-1] else told_TK)
 
 
 def fusible(decoder: Decoder, config: ModelConfig) -> list[LayerWeights] | None:

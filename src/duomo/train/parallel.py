@@ -9,7 +9,7 @@ is a hang, not an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -153,14 +153,23 @@ def fill_gradients(model: nn.Module) -> None:
 
 
 @torch.no_grad()
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Sums over all processes, in place, the same bits in each. All must have the same tensors."""
+    if not tensors:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
+
+
+@torch.no_grad()
 def average(parameters: Iterable[nn.Parameter]) -> None:
     """Gradients of parameters that are whole in every process, as FSDP averages those of the parted ones."""
     grads = [p.grad for p in parameters if p.requires_grad and p.grad is not None]
-    flat = torch.cat([grad.reshape(-1) for grad in grads]) if grads else torch.zeros(0)
-    dist.all_reduce(flat)
-    flat.div_(dist.get_world_size())
-    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(mean.view_as(grad))
+    add_up(grads)
+    for grad in grads:
+        grad.div_(dist.get_world_size())
 
 
 @torch.no_grad()

@@ -101,6 +101,17 @@ _FAMILIES = Stage(
     cells=ALL_CELLS,
 )
 
+_MUON = replace(
+    _FAMILIES,
+    name="muon",
+    num_steps=1800,
+    num_parts=2,
+    optimizer="muon",
+    rate=1.5e-3,
+    decay_from=0.35,
+    shares=LATER,
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -147,27 +158,8 @@ class Recipe:
         ),
         _FAMILIES,
         replace(_FAMILIES, name="more", num_steps=3000, decay_from=0.4),
-        replace(
-            _FAMILIES,
-            name="muon",
-            num_steps=1800,
-            num_parts=2,
-            optimizer="muon",
-            rate=1.5e-3,
-            decay_from=0.35,
-            shares=LATER,
-        ),
-        replace(
-            _FAMILIES,
-            name="rules",
-            num_steps=300,
-            num_parts=2,
-            optimizer="muon",
-            rate=6e-4,
-            warmup_steps=20,
-            decay_from=0.0,
-            shares=RULES,
-        ),
+        _MUON,
+        replace(_MUON, name="rules", num_steps=300, rate=6e-4, warmup_steps=20, decay_from=0.0, shares=RULES),
     )
     export: Shares = (("rules", 1.0),)  # weights at the ends of stages, averaged
     bf16: bool = True  # products, where the processor multiplies bfloat16 (`train.precision`)

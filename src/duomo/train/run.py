@@ -34,6 +34,7 @@ from duomo.processing.tokenizer import Tokenizer
 from duomo.tasks.pools import load_pools
 from duomo.train import joint_stage, losses, vision_stage
 from duomo.train.muon import Muon, is_wide
+from duomo.train.parallel import add_up
 from duomo.train.precision import fast_products
 from duomo.train.recipe import Recipe, Shares, Stage, config_of
 from duomo.train.render import Renderer
@@ -270,14 +271,9 @@ class Team:
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
     def add_up(self, tensors: Sequence[Tensor | None]) -> None:
-        """Sums over all processes, in place, the same bits in each. All must have the same tensors."""
-        present = [tensor for tensor in tensors if tensor is not None]
-        if self.size == 1 or not present:
-            return
-        flat = torch.cat([tensor.reshape(-1) for tensor in present])
-        dist.all_reduce(flat)
-        for tensor, total in zip(present, flat.split([t.numel() for t in present]), strict=True):
-            tensor.copy_(total.view_as(tensor))
+        """`parallel.add_up` of those that are there."""
+        if self.size > 1:
+            add_up([tensor for tensor in tensors if tensor is not None])
 
     def wait(self) -> None:
         if self.size > 1:

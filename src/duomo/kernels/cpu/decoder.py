@@ -155,9 +155,10 @@ class FusedDecoder:
             return out
         hidden = hidden_TD.detach().float().clone(memory_format=torch.contiguous_format)
         angles = [_as(torch.float32, x) for x in (step.cos_TP, step.sin_TP)]
-        table = [_as(torch.int64, x) for x in step[5:11]]
         self._check(tokens, step, expert_ids_LTK)
-        slots, pages, sequence, num_keys, text, vision = table
+        table = step.slots_T, step.page_table_SM, step.sequence_T, step.num_keys_T
+        slots, pages, sequence, num_keys = (_as(torch.int64, x) for x in table)
+        text, vision = (_as(torch.int64, x) for x in (step.text_rows, step.vision_rows))
         fits = self._native.run(
             hidden.data_ptr(),
             out.data_ptr(),
