@@ -115,26 +115,27 @@ def _parts(rng: np.random.Generator, total: int, count: int) -> list[int]:
     return [int(part) for part in rng.permutation(parts)]
 
 
-def generate(rng: np.random.Generator, pools: Pools) -> Example:
-    """A chart with the question it was made for, without and with thinking, and two readings."""
+def generate(rng: np.random.Generator, pools: Pools, num_lookups: int = 1) -> Example:
+    """A chart with the question it was made for, without and with thinking, and readings."""
     chart = draw_chart(rng, pools.split)
     picture, marks = draw(rng, chart, pick(rng, pools.fonts))
-    return Example(questions(rng, chart), chart.scene, picture, marks)
+    return Example(questions(rng, chart, num_lookups), chart.scene, picture, marks)
 
 
-def questions(rng: np.random.Generator, chart: Chart) -> tuple[Turn, ...]:
-    place = int(rng.integers(len(chart.months)))
-    value = Turn(
-        pick(rng, VALUE[any_language(rng)]).format(a=chart.months[place]),
-        str(chart.values[place]),
-        kind="charts/value",
-    )
+def questions(rng: np.random.Generator, chart: Chart, num_lookups: int = 1) -> tuple[Turn, ...]:
+    value = _value(rng, chart)
     turns = [_focus(rng, chart, thinks) for thinks in (False, True)] + [value]
     top = max(chart.values)
     if chart.values.count(top) == 1:
         month = chart.months[chart.values.index(top)]
         turns.append(Turn(pick(rng, LARGEST[any_language(rng)]), month, kind="charts/largest"))
-    return tuple(turns)
+    return (*turns, *(_value(rng, chart) for _ in range(num_lookups - 1)))
+
+
+def _value(rng: np.random.Generator, chart: Chart) -> Turn:
+    place = int(rng.integers(len(chart.months)))
+    asked = pick(rng, VALUE[any_language(rng)]).format(a=chart.months[place])
+    return Turn(asked, str(chart.values[place]), kind="charts/value")
 
 
 def _focus(rng: np.random.Generator, chart: Chart, thinks: bool) -> Turn:

@@ -72,25 +72,29 @@ def draw_circuit(rng: np.random.Generator, split: str) -> Circuit:
             return circuit
 
 
-def generate(rng: np.random.Generator, pools: Pools) -> Example:
+def generate(rng: np.random.Generator, pools: Pools, num_lookups: int = 1) -> Example:
     """A circuit with the equivalent in both modes and readings."""
     circuit = draw_circuit(rng, pools.split)
     picture, marks = draw(rng, circuit, pick(rng, pools.fonts))
-    return Example(questions(rng, circuit), circuit.scene, picture, marks)
+    return Example(questions(rng, circuit, num_lookups), circuit.scene, picture, marks)
 
 
-def questions(rng: np.random.Generator, circuit: Circuit) -> tuple[Turn, ...]:
+def questions(rng: np.random.Generator, circuit: Circuit, num_lookups: int = 1) -> tuple[Turn, ...]:
     turns = []
     for thinks in (False, True):
         language = any_language(rng)
         said, answer = reduce_aloud(circuit, language)
         kind = "circuits/equivalent thinking" if thinks else "circuits/equivalent"
         turns.append(Turn(pick(rng, EQUIVALENT[language]), answer, said if thinks else None, kind))
+    turns.append(_read(rng, circuit))
+    count = Turn(pick(rng, HOW_MANY[any_language(rng)]), str(len(circuit.ohms)), kind="circuits/count")
+    return (*turns, count, *(_read(rng, circuit) for _ in range(num_lookups - 1)))
+
+
+def _read(rng: np.random.Generator, circuit: Circuit) -> Turn:
     place = int(rng.integers(len(circuit.ohms)))
     asked = pick(rng, READ[any_language(rng)]).format(r=f"R{place + 1}")
-    turns.append(Turn(asked, str(circuit.ohms[place]), kind="circuits/read"))
-    count = Turn(pick(rng, HOW_MANY[any_language(rng)]), str(len(circuit.ohms)), kind="circuits/count")
-    return (*turns, count)
+    return Turn(asked, str(circuit.ohms[place]), kind="circuits/read")
 
 
 def reduce_aloud(circuit: Circuit, language: Language) -> tuple[str, str]:

@@ -6,14 +6,18 @@ apart; who renders them writes the time on each, as every video's frames are mar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
 from duomo.tasks.pools import Pools
-from duomo.tasks.scene import Example, Language, Pixels, Turn, any_language, pick, split_of
+from duomo.tasks.scene import Example, Language, Mark, Pixels, Turn, any_language, pick, split_of
 
 SIDE_PX = 112
 STEP_S = 0.5
+STAMP_PX = 6, 71  # row and column of the seconds that are written on a frame
+LATEST = 25  # steps after which the last pair of frames may come
 FRAMES = {"train": (4, 6), "dev": (4, 6, 8), "test": (4, 6, 8)}  # eight frames are never trained on
 WAYS = {"en": ("left", "right", "up", "down"), "zh": ("左", "右", "上", "下")}
 STEPS = ((0, -1), (0, 1), (-1, 0), (1, 0))  # row, column
@@ -72,6 +76,34 @@ def _count(rng: np.random.Generator, pools: Pools) -> int:
     return choices[int(rng.integers(len(choices)))]
 
 
+def _marks(*paths: Sequence[tuple[float, float] | None], start: int = 0) -> tuple[Mark, ...]:
+    """Of every pair of frames: when its first one is, and where each sprite is before, after or in both.
+
+    A path has the row and column of a sprite in every frame, None where there is none.
+    """
+    marks = []
+    for pair in range(len(paths[0]) // 2):
+        marks.append(Mark(f"time {start + 2 * pair}", *STAMP_PX, pair=pair))
+        for before, after in (path[2 * pair : 2 * pair + 2] for path in paths):
+            if (
+                before
+                and after
+                and all(int(a) // 28 == int(b) // 28 for a, b in zip(before, after, strict=True))
+            ):
+                marks.append(Mark("sprite both", *_middle(before, after), pair=pair))
+                continue
+            marks += [
+                Mark(f"sprite {when}", *place, pair=pair)
+                for when, place in (("before", before), ("after", after))
+                if place
+            ]
+    return tuple(marks)
+
+
+def _middle(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    return (one[0] + other[0]) / 2, (one[1] + other[1]) / 2
+
+
 def _direction(rng: np.random.Generator, pools: Pools) -> Example:
     while True:
         way, count = int(rng.integers(4)), _count(rng, pools)
@@ -93,7 +125,7 @@ def _direction(rng: np.random.Generator, pools: Pools) -> Example:
         said = _path_aloud(path, language) if thinks else None
         kind = "clips/direction thinking" if thinks else "clips/direction"
         turns.append(Turn(pick(rng, DIRECTION[language]), WAYS[language][way], said, kind))
-    return Example(tuple(turns), scene, frames, times=times)
+    return Example(tuple(turns), scene, frames, _marks(path), times)
 
 
 def _path_aloud(path: list[tuple[float, float]], language: Language) -> str:
@@ -124,7 +156,8 @@ def _event(rng: np.random.Generator, pools: Pools) -> Example:
         answer = f"{times[first]:.1f} s" if language == "en" else f"{times[first]:.1f}秒"
         kind = "clips/event thinking" if thinks else "clips/event"
         turns.append(Turn(pick(rng, EVENT[language]), answer, said if thinks else None, kind))
-    return Example(tuple(turns), scene, frames, times=times)
+    path = [None] * first + [(float(row), float(column))] * (count - first)
+    return Example(tuple(turns), scene, frames, _marks(path, start=round(start / STEP_S)), times)
 
 
 def _faster(rng: np.random.Generator, pools: Pools) -> Example:
@@ -141,12 +174,15 @@ def _faster(rng: np.random.Generator, pools: Pools) -> Example:
     lanes = (40, 86)
     sprites = [_sprite(rng, pools, int(rng.integers(26, 34))) for _ in range(2)]
     inks = [_ink(rng) for _ in range(2)]
+    paths: tuple[list[tuple[float, float]], ...] = ([], [])
     for index, frame in enumerate(frames):
-        for lane, sprite, ink, reach, sign in zip(lanes, sprites, inks, reaches, signs, strict=True):
+        for path, lane, sprite, ink, reach, sign in zip(
+            paths, lanes, sprites, inks, reaches, signs, strict=True
+        ):
             along = (index / (count - 1) - 0.5) * reach * sign
             _paste(frame, sprite, lane, 56 + along, ink)
+            path.append((lane, 56 + along))
     language = any_language(rng)
     answer = LANES[language][lower_is_faster]
-    return Example(
-        (Turn(pick(rng, FASTER[language]), answer, kind="clips/faster"),), scene, frames, times=times
-    )
+    turn = Turn(pick(rng, FASTER[language]), answer, kind="clips/faster")
+    return Example((turn,), scene, frames, _marks(*paths), times)

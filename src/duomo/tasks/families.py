@@ -53,6 +53,11 @@ TRADES: Mapping[str, Generate] = MappingProxyType(
     }
 )
 
+# The same scenes with as many questions of one place each as are asked for.
+LOOKUPS: Mapping[str, Callable[[np.random.Generator, Pools, int], Example]] = MappingProxyType(
+    {"charts": charts.generate, "places": places.generate, "circuits": circuits.generate}
+)
+
 # What may be centred in a cell, for the dense stage: every label that a generator marks.
 LABELS: tuple[str, ...] = (
     *(f"digit {d}" for d in range(10)),
@@ -64,5 +69,7 @@ LABELS: tuple[str, ...] = (
     *(f"defect {kind}" for kind in surface.NAMES),
     "nucleus",
     *(f"ohms {value}" for value in range(100)),
+    *(f"sprite {when}" for when in ("before", "after", "both")),
+    *(f"time {steps}" for steps in range(clips.LATEST + 1)),
 )
 COLOURS: tuple[str, ...] = (*places.COLOURS, "brown")

@@ -68,8 +68,8 @@ def named(shape: shapes.Shape, language: Language) -> str:
     return f"{shape.colour} {shape.kind}" if language == "en" else ZH[shape.colour] + ZH[shape.kind]
 
 
-def generate(rng: np.random.Generator, pools: Pools) -> Example:
-    """A scene with counting in both modes, a place, a box and a name."""
+def generate(rng: np.random.Generator, pools: Pools, num_lookups: int = 1) -> Example:
+    """A scene with counting in both modes, and of each of some shapes a place, a box and a name."""
     found = draw_scene(rng, pools.split)
     picture, boxes = draw(rng, found)
     target = int(rng.integers(len(found)))
@@ -77,15 +77,27 @@ def generate(rng: np.random.Generator, pools: Pools) -> Example:
         if (shape.colour, shape.kind) in HELD_OUT:
             target = index
     turns = [_count(rng, found, False), _count(rng, found, True)]
-    turns += [_where(rng, found[target]), _box(rng, found[target], boxes[target])]
-    quadrant = _quadrant(found[target])
-    if sum(_quadrant(shape) == quadrant for shape in found) == 1:
-        turns.append(_name(rng, found[target]))
+    turns += _lookup(rng, found, boxes, target)
+    for _ in range(num_lookups - 1):
+        turns += _lookup(rng, found, boxes, int(rng.integers(len(found))))
     marks = tuple(
         Mark(f"shape {s.kind}", (box[1] + box[3]) / 2, (box[0] + box[2]) / 2, s.colour)
         for s, box in zip(found, boxes, strict=True)
     )
     return Example(tuple(turns), scene_of(found), picture, marks)
+
+
+def _lookup(
+    rng: np.random.Generator,
+    found: list[shapes.Shape],
+    boxes: list[tuple[float, float, float, float]],
+    target: int,
+) -> list[Turn]:
+    turns = [_where(rng, found[target]), _box(rng, found[target], boxes[target])]
+    quadrant = _quadrant(found[target])
+    if sum(_quadrant(shape) == quadrant for shape in found) == 1:
+        turns.append(_name(rng, found[target]))
+    return turns
 
 
 def draw(

@@ -19,12 +19,16 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 
 class Mark(NamedTuple):
-    """What lies at a pixel of the picture: dense supervision. `colour` only where one is named."""
+    """What lies at a pixel of the picture: dense supervision. `colour` only where one is named.
+
+    `pair` counts a video's pairs of frames, which share their tokens.
+    """
 
     label: str
     row: float
     column: float
     colour: str = ""
+    pair: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from duomo.kernels import cross_entropy
 from duomo.model import Ernie
 from duomo.tasks import Example, digits
-from duomo.tasks.families import FAMILIES
+from duomo.tasks.families import FAMILIES, LOOKUPS
 from duomo.tasks.pools import Pools
 from duomo.train.batches import BlockCache, TrainingBatch, collate, model_batch, patches_tensor
 from duomo.train.recipe import Stage
@@ -38,9 +38,11 @@ def example_batch(
         for _ in range(count):
             if name == "digits":
                 examples.append(digits.generate(rng, pools.handwriting, min_spacing=stage.min_spacing))
+            elif name in LOOKUPS:
+                examples.append(LOOKUPS[name](rng, pools, stage.num_lookups))
             else:
                 examples.append(FAMILIES[name](rng, pools))
-    return collate([renderer.render(example, rng) for example in examples], pad_id=0)
+    return collate([renderer.render(example, rng, stage.alone) for example in examples], pad_id=0)
 
 
 def answer_loss(model: Ernie, batch: TrainingBatch) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 A matrix moves by its momentum made orthogonal (all singular values near one), so that directions which
 gradients rarely name are learned as fast as the common ones. Source: Jordan et al., "Muon" (2024); the factor
-that lets both kinds share one rate: Liu et al., "Muon is scalable" (2025), equation 4.
+that lets both kinds share one rate: Liu et al., "Muon is scalable" (2025), equation 4. Processes share
+the work.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from duomo.train.parallel import add_up
 
 MIN_SIDE = 32  # rows and columns of a matrix that is worth it: routers and adapters are no such
 NUM_ITERATIONS = 5
@@ -27,7 +31,10 @@ def is_wide(parameter: Tensor) -> bool:
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with `is_matrix` hold matrices [..., rows, columns], moved one by one; others take AdamW."""
+    """Groups with `is_matrix` hold matrices [..., rows, columns], moved one by one; others take AdamW.
+
+    In a group of torch.distributed every process must hold the same parameters and gradients.
+    """
 
     def __init__(
         self,
@@ -66,8 +73,9 @@ class Muon(torch.optim.Optimizer):
             ahead = gradient.lerp(state["momentum"], group["momentum"])
             rows, columns = parameter.shape[-2:]
             alike[rows, columns].append((parameter, ahead.reshape(-1, rows, columns)))
-        for shape, found in alike.items():
-            moves = orthogonal(torch.cat([ahead for _, ahead in found])) * (SAME_SIZE * max(shape) ** 0.5)
+        stacks = [torch.cat([ahead for _, ahead in found]) for found in alike.values()]
+        for (shape, found), moves in zip(alike.items(), orthogonal_together(stacks), strict=True):
+            moves.mul_(SAME_SIZE * max(shape) ** 0.5)
             counts = [ahead.shape[0] for _, ahead in found]
             for (parameter, _), move in zip(found, moves.split(counts), strict=True):
                 parameter.sub_(move.reshape(parameter.shape), alpha=group["lr"])
@@ -86,6 +94,18 @@ class Muon(torch.optim.Optimizer):
         state["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
         size = (state["square"] / (1 - second**done)).sqrt_().add_(group["eps"])
         parameter.addcdiv_(state["mean"], size, value=-group["lr"] / (1 - first**done))
+
+
+def orthogonal_together(stacks: list[Tensor]) -> list[Tensor]:
+    """`orthogonal` of every stack; each process of a group does its share of the matrices."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [orthogonal(stack) for stack in stacks]
+    own, found = slice(dist.get_rank(), None, dist.get_world_size()), [torch.zeros_like(x) for x in stacks]
+    for stack, moves in zip(stacks, found, strict=True):
+        if len(stack[own]):
+            moves[own] = orthogonal(stack[own])
+    add_up(found)
+    return found
 
 
 def orthogonal(matrices_BNK: Tensor) -> Tensor:

@@ -63,6 +63,31 @@ ALL_CELLS: Shares = (
     ("nuclei", 0.05),
     ("circuits", 0.15),
 )
+LOOKING_CELLS: Shares = (
+    ("boards", 0.18),
+    ("digits", 0.15),
+    ("meters", 0.16),
+    ("charts", 0.1),
+    ("shapes", 0.02),
+    ("places", 0.08),
+    ("surface", 0.03),
+    ("nuclei", 0.03),
+    ("circuits", 0.13),
+    ("clips", 0.12),
+)
+FINDING: Shares = (
+    ("digits", 0.24),
+    ("meters", 0.1),
+    ("charts", 0.11),
+    ("shapes", 0.06),
+    ("places", 0.1),
+    ("surface", 0.08),
+    ("nuclei", 0.03),
+    ("circuits", 0.08),
+    ("clips", 0.08),
+    ("text", 0.07),
+    ("instructions", 0.05),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +108,10 @@ class Stage:
     warmup_steps: int = 100
     decay_from: float = 0.5  # share of the steps after which the rate falls linearly to a twentieth
     cell_weight: float = 0.0  # of the dense loss on a second batch of pictures, in a joint stage
+    is_eased: bool = True  # boards of a dense stage are easy at first
+    place_weight: float = 0.0  # in the dense loss, of where cells and what lies in them are
+    num_lookups: int = 1  # questions of one place each, behind a picture that has many
+    alone: float = 0.2  # share of conversations, and of questions before their picture
     min_spacing: float = 0.72  # of a digit's size, between neighbours: at 0.72 some touch
     shares: Shares = FIRST
     cells: Shares = FIRST_CELLS
@@ -160,8 +189,31 @@ class Recipe:
         replace(_FAMILIES, name="more", num_steps=3000, decay_from=0.4),
         _MUON,
         replace(_MUON, name="rules", num_steps=300, rate=6e-4, warmup_steps=20, decay_from=0.0, shares=RULES),
+        Stage(
+            "looking",
+            num_steps=900,
+            batch_size=64,
+            num_parts=2,
+            optimizer="muon",
+            rate=1.5e-3,
+            is_dense=True,
+            is_eased=False,
+            place_weight=0.5,
+            min_spacing=0.8,
+            cells=LOOKING_CELLS,
+        ),
+        replace(
+            _MUON,
+            name="finding",
+            num_steps=1800,
+            place_weight=0.5,
+            num_lookups=3,
+            alone=0.08,
+            shares=FINDING,
+            cells=LOOKING_CELLS,
+        ),
     )
-    export: Shares = (("rules", 1.0),)  # weights at the ends of stages, averaged
+    export: Shares = (("finding", 1.0),)  # weights at the ends of stages, averaged
     bf16: bool = True  # products, where the processor multiplies bfloat16 (`train.precision`)
     weight_decay: float = 0.05
     clip: float = 1.0

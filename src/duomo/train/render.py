@@ -55,16 +55,19 @@ class Renderer:
         self.call = special("<tool_call>"), special("</tool_call>")
         self.eos = special("</s>")
 
-    def render(self, example: Example, rng: np.random.Generator) -> Sample:
-        """Mostly blocks behind one picture; sometimes a conversation, or the question before the picture."""
+    def render(self, example: Example, rng: np.random.Generator, alone: float = 0.2) -> Sample:
+        """Mostly blocks behind one picture; sometimes a conversation, or the question before the picture.
+
+        `alone` is the share of each of the two, which supervise one answer alone.
+        """
         sample = Sample()
         if example.picture is not None:
             patches, grid = patchify(stamp_frames(example.picture, example.times))
             sample.patches, sample.grid = patches, grid
         style = rng.random()
-        if example.picture is not None and style < 0.2:
+        if example.picture is not None and style < alone:
             self._question_first(sample, example.turns[0])
-        elif style < 0.4:
+        elif style < 2 * alone:
             self._conversation(sample, example.turns)
         else:
             self._prefix(sample, [self.begin, "User: "])
