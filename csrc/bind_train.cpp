@@ -72,25 +72,29 @@ void product_by_weight(Address ends, int64_t experts, int64_t outputs, int64_t i
     });
 }
 
-CausalShape shape(const Array<int64_t>& lengths, int64_t heads, int64_t groups, int64_t dim) {
+SequenceShape shape(const Array<int64_t>& lengths, int64_t heads, int64_t groups, int64_t dim, bool is_causal,
+                    Address blocks) {
     if (groups < 1 || heads % groups || dim % 16) throw nb::value_error("heads do not divide");
-    return {lengths.data(), int64_t(lengths.size()), heads, groups, dim};
+    return {lengths.data(), int64_t(lengths.size()), heads, groups, dim, is_causal,
+            blocks ? at<int32_t>(blocks) : nullptr};
 }
 
-void causal(Array<int64_t> lengths, int64_t heads, int64_t groups, int64_t dim, Address query, Address key,
-            Address value, Address out, Address lse, int threads) {
-    const CausalShape own_shape = shape(lengths, heads, groups, dim);
+void attention(Array<int64_t> lengths, int64_t heads, int64_t groups, int64_t dim, bool is_causal, Address blocks,
+               Address query, Address key, Address value, Address out, Address lse, int threads) {
+    const SequenceShape own_shape = shape(lengths, heads, groups, dim, is_causal, blocks);
     nb::gil_scoped_release release;
-    own().causal(own_shape, at<float>(query), at<float>(key), at<float>(value), at<float>(out), at<float>(lse), threads);
+    own().attention(own_shape, at<float>(query), at<float>(key), at<float>(value), at<float>(out), at<float>(lse),
+                    threads);
 }
 
-void causal_backward(Array<int64_t> lengths, int64_t heads, int64_t groups, int64_t dim, Address query, Address key,
-                     Address value, Address out, Address lse, Address by_out, Address by_query, Address by_key,
-                     Address by_value, int threads) {
-    const CausalShape own_shape = shape(lengths, heads, groups, dim);
+void attention_backward(Array<int64_t> lengths, int64_t heads, int64_t groups, int64_t dim, bool is_causal,
+                        Address blocks, Address query, Address key, Address value, Address out, Address lse,
+                        Address by_out, Address by_query, Address by_key, Address by_value, int threads) {
+    const SequenceShape own_shape = shape(lengths, heads, groups, dim, is_causal, blocks);
     nb::gil_scoped_release release;
-    own().causal_backward(own_shape, at<float>(query), at<float>(key), at<float>(value), at<float>(out), at<float>(lse),
-                          at<float>(by_out), at<float>(by_query), at<float>(by_key), at<float>(by_value), threads);
+    own().attention_backward(own_shape, at<float>(query), at<float>(key), at<float>(value), at<float>(out),
+                             at<float>(lse), at<float>(by_out), at<float>(by_query), at<float>(by_key),
+                             at<float>(by_value), threads);
 }
 
 void rmsnorm(Address x, Address weight, float eps, int64_t tokens, int64_t width, Address y, int threads) {
@@ -157,8 +161,8 @@ void bind_train(nb::module_& m) {
     train.def("product", &product);
     train.def("product_by_input", &product_by_input);
     train.def("product_by_weight", &product_by_weight);
-    train.def("causal", &causal);
-    train.def("causal_backward", &causal_backward);
+    train.def("attention", &attention);
+    train.def("attention_backward", &attention_backward);
     train.def("rmsnorm", &rmsnorm);
     train.def("rmsnorm_backward", &rmsnorm_backward);
     train.def("rotate", &rotate);

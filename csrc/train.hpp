@@ -27,20 +27,23 @@ struct TrainProduct {
 };
 
 // Whole sequences side by side: query and out are [T][heads][dim], key and value [T][groups][dim]; dim in 16s.
-struct CausalShape {
+struct SequenceShape {
     const int64_t* lengths;
     int64_t num_sequences, heads, groups, dim;
+    bool is_causal;  // or every token sees its whole sequence
+    // [T] or null: where it is not 0, a key is seen by tokens of its own number alone.
+    const int32_t* blocks;
 };
 
 struct TrainKernels {
     // All products at once; with `is_rounded` both sides are rounded to bf16, and sums are fp32 still.
     void (*multiply)(const TrainProduct*, int64_t count, bool is_rounded, int threads);
     // lse is [T][heads]: log2 of the sum of a row's exponentials, whose scores are in units of log2(e).
-    void (*causal)(const CausalShape&, const float* query, const float* key, const float* value, float* out, float* lse,
-                   int threads);
-    void (*causal_backward)(const CausalShape&, const float* query, const float* key, const float* value,
-                            const float* out, const float* lse, const float* by_out, float* by_query, float* by_key,
-                            float* by_value, int threads);
+    void (*attention)(const SequenceShape&, const float* query, const float* key, const float* value, float* out,
+                      float* lse, int threads);
+    void (*attention_backward)(const SequenceShape&, const float* query, const float* key, const float* value,
+                               const float* out, const float* lse, const float* by_out, float* by_query, float* by_key,
+                               float* by_value, int threads);
     // y = weight * x / sqrt(mean(x^2) + eps) of rows [T][width]; backward adds nothing up: by_weight is written.
     void (*rmsnorm)(const float* x, const float* weight, float eps, int64_t tokens, int64_t width, float* y, int threads);
     void (*rmsnorm_backward)(const float* x, const float* weight, float eps, const float* by_y, int64_t tokens,

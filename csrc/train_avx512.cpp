@@ -1,12 +1,12 @@
 #if defined(__AVX512F__)
-#include "train_causal.hpp"
+#include "train_attention.hpp"
 #include "train_products.hpp"
 #include "train_rows.hpp"
 
 namespace {
 constexpr duomo::TrainKernels kernels = {
-    multiply,        causal,  causal_backward,  rmsnorm,       rmsnorm_backward,       rotate, swiglu,
-    swiglu_backward, combine, combine_backward, cross_entropy, cross_entropy_backward,
+    multiply,        attention, attention_backward, rmsnorm,       rmsnorm_backward,       rotate, swiglu,
+    swiglu_backward, combine,   combine_backward,   cross_entropy, cross_entropy_backward,
 };
 }
 const duomo::TrainKernels* const duomo::train_avx512 = &kernels;

@@ -49,15 +49,18 @@ double check_products(const TrainKernels& kernels, int64_t rows, int64_t columns
     return worst;
 }
 
-void run_causal(const TrainKernels& kernels, std::vector<int64_t> lengths, int64_t heads, int64_t groups, int64_t dim) {
+void run_attention(const TrainKernels& kernels, std::vector<int64_t> lengths, int64_t heads, int64_t groups, int64_t dim,
+                   bool is_causal) {
     int64_t tokens = 0;
     for (const int64_t length : lengths) tokens += length;
-    const CausalShape shape = {lengths.data(), int64_t(lengths.size()), heads, groups, dim};
+    std::vector<int32_t> blocks;
+    for (int64_t t = 0; t < tokens; ++t) blocks.push_back(int32_t(t / 5 % 4));
+    const SequenceShape shape = {lengths.data(), int64_t(lengths.size()), heads, groups, dim, is_causal, blocks.data()};
     const Floats query = random_floats(tokens * heads * dim), key = random_floats(tokens * groups * dim);
     Floats out = query, by_query = query, by_key = key, by_value = key, lse(size_t(tokens * heads));
-    kernels.causal(shape, query.data(), key.data(), key.data(), out.data(), lse.data(), 2);
-    kernels.causal_backward(shape, query.data(), key.data(), key.data(), out.data(), lse.data(), query.data(),
-                            by_query.data(), by_key.data(), by_value.data(), 2);
+    kernels.attention(shape, query.data(), key.data(), key.data(), out.data(), lse.data(), 2);
+    kernels.attention_backward(shape, query.data(), key.data(), key.data(), out.data(), lse.data(), query.data(),
+                               by_query.data(), by_key.data(), by_value.data(), 2);
 }
 
 void run_rows(const TrainKernels& kernels, int64_t tokens, int64_t width) {
@@ -93,8 +96,10 @@ int main() {
         }
         run_rows(*kernels, size, 71 - size);
     }
-    run_causal(*kernels, {1, 37, 64}, 4, 2, 16);
-    run_causal(*kernels, {33}, 2, 2, 48);
+    for (const bool is_causal : {true, false}) {
+        run_attention(*kernels, {1, 37, 64}, 4, 2, 16, is_causal);
+        run_attention(*kernels, {33}, 2, 2, 48, is_causal);
+    }
     std::printf("training: products are %.1e from plain sums, rounded ones %.1e\n", plain, rounded);
     return !(plain < 1e-4 && rounded < 0.5);
 }

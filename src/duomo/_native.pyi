@@ -262,11 +262,13 @@ class train:
         /,
     ) -> None: ...
     @staticmethod
-    def causal(
+    def attention(
         lengths: npt.NDArray[np.int64],
         heads: int,
         groups: int,
         dim: int,
+        is_causal: bool,
+        blocks: int,
         query: int,
         key: int,
         value: int,
@@ -276,11 +278,13 @@ class train:
         /,
     ) -> None: ...
     @staticmethod
-    def causal_backward(
+    def attention_backward(
         lengths: npt.NDArray[np.int64],
         heads: int,
         groups: int,
         dim: int,
+        is_causal: bool,
+        blocks: int,
         query: int,
         key: int,
         value: int,

@@ -96,20 +96,37 @@ def test_frozen_weights_get_no_gradient_and_let_the_others_pass():
 
 @pytest.mark.parametrize("lengths", [(1,), (17,), (32, 5, 77), (1, 1, 300)])
 @pytest.mark.parametrize("heads,groups,dim", [(6, 2, 32), (3, 3, 16), (2, 1, 128)])
-def test_causal_attention(lengths, heads, groups, dim):
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_attention_within(lengths, heads, groups, dim, is_causal):
     tokens = sum(lengths)
     inputs = random(tokens, heads, dim), random(tokens, groups, dim), random(tokens, groups, dim, scale=2)
     assert_near(
-        lambda q, k, v: fast.causal_attention(q, k, v, lengths),
-        lambda q, k, v: reference.causal_attention(q, k, v, lengths),
+        lambda q, k, v: fast.attention_within(q, k, v, lengths, is_causal),
+        lambda q, k, v: reference.attention_within(q, k, v, lengths, is_causal),
         *inputs,
     )
 
 
+@pytest.mark.parametrize("lengths", [(1,), (17, 40), (32, 5, 77)])
+def test_attention_of_blocks(lengths):
+    """Zeros at the beginning are seen by all that follows; a block sees them and itself."""
+    tokens = sum(lengths)
+    blocks = torch.cat([torch.arange(length, dtype=torch.int32).div(13).int() for length in lengths])
+    inputs = random(tokens, 6, 32), random(tokens, 2, 32), random(tokens, 2, 32)
+    assert_near(
+        lambda q, k, v: fast.attention_within(q, k, v, lengths, blocks_T=blocks),
+        lambda q, k, v: reference.attention_within(q, k, v, lengths, blocks_T=blocks),
+        *inputs,
+    )
+    if max(lengths) > 13:
+        plain = fast.attention_within(*inputs, lengths)
+        assert not torch.allclose(plain, fast.attention_within(*inputs, lengths, blocks_T=blocks))
+
+
 def test_attention_with_scores_far_apart():
     query, key, value = random(40, 1, 16, scale=30), random(40, 1, 16, scale=30), random(40, 1, 16)
-    plain = with_gradients(lambda *x: reference.causal_attention(*x, (40,)), (query, key, value))
-    ours = with_gradients(lambda *x: fast.causal_attention(*x, (40,)), (query, key, value))
+    plain = with_gradients(lambda *x: reference.attention_within(*x, (40,)), (query, key, value))
+    ours = with_gradients(lambda *x: fast.attention_within(*x, (40,)), (query, key, value))
     for one, other in zip(ours, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
@@ -146,7 +163,7 @@ def test_a_step_has_the_same_bits_by_any_number_of_threads():
         native.set_num_threads(count)
         found.append(
             with_gradients(lambda h, w, g, d: fast.experts(h, ids, w, g, d), bank)
-            + with_gradients(lambda *x: fast.causal_attention(*x, (60, 40)), heads)
+            + with_gradients(lambda *x: fast.attention_within(*x, (60, 40)), heads)
             + with_gradients(lambda *x: fast.rmsnorm(*x, 1e-5), (bank[0], random(48)))
         )
     torch.set_num_threads(threads)

@@ -68,6 +68,25 @@ def test_the_base_stays_to_the_bit_and_every_factor_trains(trained: tuple[Ernie,
     assert any(a.gate_b.any() for a in adapters_of(model).values() if hasattr(a, "gate_b"))
 
 
+def test_folded_weights_compute_what_thin_products_do(
+    trained: tuple[Ernie, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = trained
+
+    def computed() -> list[Tensor]:
+        model.zero_grad()
+        logits = logits_of(model)
+        logits.square().mean().backward()
+        return [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    folded = computed()
+    monkeypatch.setattr("duomo.train.lora.FOLDS_UP_TO", 0)
+    thin = computed()
+    assert len(folded) == len(thin) > 20
+    for one, other in zip(folded, thin, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_merged_equals_attached(trained: tuple[Ernie, dict[str, Tensor]]) -> None:
     model, before = trained
     attached = logits_of(model)

@@ -62,7 +62,7 @@ __all__ = [
     "Routing",
     "TrellisWeight",
     "attention",
-    "causal_attention",
+    "attention_within",
     "cross_entropy",
     "dense_linear",
     "experts",
@@ -126,11 +126,21 @@ def experts(
     return chosen(hidden_TD, expert_ids_TK, weights_TK, gate_up_EFD, down_EDF)
 
 
-def causal_attention(query_TNH: Tensor, key_TGH: Tensor, value_TGH: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Whole sequences of `lengths` side by side, each causally within itself. Returns [T, N, H]."""
+def attention_within(
+    query_TNH: Tensor,
+    key_TGH: Tensor,
+    value_TGH: Tensor,
+    lengths: Sequence[int],
+    is_causal: bool = True,
+    blocks_T: Tensor | None = None,
+) -> Tensor:
+    """Whole sequences of `lengths` side by side, each within itself. Returns [T, N, H].
+
+    Of causal ones `blocks_T`, int32, may say more: a key with a number other than 0 is seen by its own block.
+    """
     is_fast = query_TNH.shape[-1] % cpu.train.HEAD_MULTIPLE == 0 and _trains(query_TNH, key_TGH, value_TGH)
-    chosen = cpu.train.causal_attention if is_fast else reference.causal_attention
-    return chosen(query_TNH, key_TGH, value_TGH, lengths)
+    chosen = cpu.train.attention_within if is_fast else reference.attention_within
+    return chosen(query_TNH, key_TGH, value_TGH, lengths, is_causal, blocks_T)
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -46,7 +46,7 @@ class PackedCausal:
     def attend(
         self, layer_index: int, query_TNH: Tensor, key_TGH: Tensor, value_TGH: Tensor, batch: Batch
     ) -> Tensor:
-        return kernels.causal_attention(query_TNH, key_TGH, value_TGH, batch.num_new)
+        return kernels.attention_within(query_TNH, key_TGH, value_TGH, batch.num_new)
 
 
 class PlainCache:

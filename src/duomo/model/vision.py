@@ -7,11 +7,9 @@ frames, so frames of equal size are computed as one batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from duomo import kernels
 from duomo.model.config import VisionConfig
@@ -79,25 +77,8 @@ class VisionAttention(nn.Module):
         query, key, value = self.qkv(hidden_PC).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         query = kernels.rotate_halves(query, *rotation)
         key = kernels.rotate_halves(key, *rotation)
-        return self.out(_attend_within_frames(query, key, value, frames))  # type: ignore[no-any-return]
-
-
-def _attend_within_frames(
-    query_PNH: Tensor, key_PNH: Tensor, value_PNH: Tensor, frames: Sequence[int]
-) -> Tensor:
-    outputs, start = [], 0
-    for length, run in groupby(frames):
-        count = len(list(run))
-        stop = start + length * count
-        query, key, value = (
-            x[start:stop].unflatten(0, (count, length)).transpose(1, 2)
-            for x in (query_PNH, key_PNH, value_PNH)
-        )
-        outputs.append(
-            F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2).flatten(0, 1)
-        )
-        start = stop
-    return torch.cat(outputs)
+        attended = kernels.attention_within(query, key, value, frames, is_causal=False)
+        return self.out(attended.flatten(1))  # type: ignore[no-any-return]
 
 
 def quick_gelu(x: Tensor) -> Tensor:

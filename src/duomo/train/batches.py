@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from duomo.kernels import attention_within
 from duomo.model import Batch, ModelConfig, token_routes
 from duomo.model.positions import build_positions
 from duomo.processing.patches import normalize
@@ -138,18 +138,13 @@ class BlockCache:
     """Causal attention in which a block sees its sample's prefix and itself. Keeps nothing."""
 
     def __init__(self, batch: TrainingBatch, device: torch.device | str = "cpu") -> None:
-        block, sample = (torch.from_numpy(x).to(device) for x in (batch.block_BL, batch.sample_BL))
-        self.shape = tuple(block.shape)
-        query, key = block[:, :, None], block[:, None, :]
-        causal = torch.ones(block.shape[1], block.shape[1], dtype=torch.bool, device=device).tril()
-        same = sample[:, :, None] == sample[:, None, :]
-        self.mask_B1LL = (same & ((key == 0) | (key == query)) & causal)[:, None]
+        self.blocks_T = torch.from_numpy(batch.block_BL.reshape(-1).astype(np.int32)).to(device)
+        # Samples, and the padding at the end of a row, lie one after another.
+        sample_T = (batch.sample_BL + np.arange(len(batch.sample_BL))[:, None] * 2**32).reshape(-1)
+        ends = np.flatnonzero(np.diff(sample_T)) + 1
+        self.lengths = np.diff(ends, prepend=0, append=len(sample_T)).tolist()
 
     def attend(
         self, layer_index: int, query_TNH: Tensor, key_TGH: Tensor, value_TGH: Tensor, batch: Batch
     ) -> Tensor:
-        query, key, value = (
-            x.unflatten(0, self.shape).transpose(1, 2) for x in (query_TNH, key_TGH, value_TGH)
-        )
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask_B1LL, enable_gqa=True)
-        return out.transpose(1, 2).flatten(0, 1)
+        return attention_within(query_TNH, key_TGH, value_TGH, self.lengths, blocks_T=self.blocks_T)

@@ -3,6 +3,9 @@
 `attach` wraps what a plan names and freezes the rest; the base keeps its tensors to the bit. An expert's
 adapter sees only the tokens routed to it. Factors A start random and B zero, so an attached adapter changes
 nothing until it has been trained. `merge` folds it into the weights and unwraps.
+
+Where matrices are small, training computes with the folded weight W + scale * B A, made anew at every pass:
+one product and its gradients cost less there than two thin ones beside it.
 """
 
 from __future__ import annotations
@@ -18,13 +21,14 @@ from torch.nn import functional as F
 
 from duomo import kernels
 from duomo.errors import TrainingError
-from duomo.model.experts import ExpertBank, Router
+from duomo.model.experts import ExpertBank, Router, note_choice
 from duomo.model.layers import Linear
 from duomo.train.banks import run_experts
 from duomo.train.frozen import FrozenBank, FrozenLinear
 from duomo.train.groups import group_of
 
 B = TypeVar("B", bound=nn.Module)
+FOLDS_UP_TO = 512  # the smaller side of a matrix
 LINEAR_GROUPS = ("attention", "dense", "shared", "resampler", "vision_tower")
 BANK_GROUPS = ("text_experts", "vision_experts")
 
@@ -61,6 +65,9 @@ class LoraLinear(nn.Module):
         self.b = nn.Parameter(torch.zeros(out_size, rank))
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.base, Linear) and _folds(x, self.base.weight):
+            weight = torch.addmm(self.base.weight, self.b, self.a, alpha=self.scale)
+            return kernels.linear(x, weight, self.base.bias)
         added = F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
         return self.base(x) + self.scale * added  # type: ignore[no-any-return]
 
@@ -94,7 +101,18 @@ class LoraBank(nn.Module):
     def forward(
         self, hidden_TD: Tensor, chosen_TK: Tensor | None = None, rows: Tensor | None = None
     ) -> Tensor:
+        if isinstance(self.base, ExpertBank) and _folds(hidden_TD, self.base.down):
+            routing = self.router(hidden_TD)
+            note_choice(routing.expert_ids_TK, chosen_TK, rows)
+            banks = self.base.gate_up + self._gate_up_added(), self.base.down + self._down_added()
+            return kernels.experts(hidden_TD, routing.expert_ids_TK, routing.weights_TK, *banks)
         return run_experts(self, hidden_TD, chosen_TK, rows)
+
+    def _gate_up_added(self) -> Tensor:
+        return self.scale * torch.cat((self.gate_b @ self.gate_a, self.up_b @ self.up_a), dim=1)
+
+    def _down_added(self) -> Tensor:
+        return self.scale * (self.down_b @ self.down_a)
 
     def expert_gate_up(self, x: Tensor, expert: int) -> Tensor:
         gate = self._added(x, self.gate_a[expert], self.gate_b[expert])
@@ -115,10 +133,14 @@ class LoraBank(nn.Module):
     @torch.no_grad()
     def merged(self) -> ExpertBank:
         base = _plain(self.base, ExpertBank)
-        gate_up = torch.cat((self.gate_b @ self.gate_a, self.up_b @ self.up_a), dim=1)
-        base.gate_up.add_(gate_up.to(base.gate_up.dtype), alpha=self.scale)
-        base.down.add_((self.down_b @ self.down_a).to(base.down.dtype), alpha=self.scale)
+        base.gate_up.add_(self._gate_up_added().to(base.gate_up.dtype))
+        base.down.add_(self._down_added().to(base.down.dtype))
         return base
+
+
+def _folds(x: Tensor, weight: Tensor) -> bool:
+    is_wide = x.dtype == weight.dtype == torch.float32
+    return is_wide and torch.is_grad_enabled() and min(weight.shape[-2:]) <= FOLDS_UP_TO
 
 
 def _plain(base: nn.Module, kind: type[B]) -> B:

@@ -36,6 +36,7 @@ STAGE_GROUPS: dict[str, tuple[str, ...]] = {
     "grpo": GROUPS,
 }
 VISION_DOWN_SCALE = 1 / 6  # as ERNIEKit has it: the smaller expert starts as a faint copy
+_SMALL = 1 << 30  # parameters, as in `engine.opening`
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -79,9 +80,11 @@ def _open(settings: Settings, folder: Path) -> Ernie:
         model = load_model(folder)
         open_packed(model)
         return model
-    # A full run keeps fp32 weights to step on; under an adapter the base may rest in bf16.
-    dtype = _DTYPES[settings.dtype] if settings.lora else torch.float32
-    return load_model(folder, dtype)
+    # A full run keeps fp32 weights to step on. Under an adapter the base may rest in bf16, which saves memory
+    # where it is large; torch computes in it slowly on a CPU (`train.precision`), so a small one does not.
+    model = load_model(folder, _DTYPES[settings.dtype] if settings.lora else torch.float32)
+    is_small = sum(parameter.numel() for parameter in model.parameters()) < _SMALL
+    return model.float() if settings.device == "cpu" and is_small else model
 
 
 def _present(model: Ernie, stage: str) -> list[str]:

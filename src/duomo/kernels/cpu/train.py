@@ -69,11 +69,21 @@ def experts(
     return out
 
 
-def causal_attention(query_TNH: Tensor, key_TGH: Tensor, value_TGH: Tensor, lengths: Sequence[int]) -> Tensor:
+def attention_within(
+    query_TNH: Tensor,
+    key_TGH: Tensor,
+    value_TGH: Tensor,
+    lengths: Sequence[int],
+    is_causal: bool = True,
+    blocks_T: Tensor | None = None,
+) -> Tensor:
     """Every sequence within itself."""
+    assert blocks_T is None or (blocks_T.dtype == torch.int32 and len(blocks_T) == len(query_TNH))
     assert sum(lengths) == len(query_TNH) and key_TGH.shape == value_TGH.shape
     assert query_TNH.shape[::2] == key_TGH.shape[::2], "queries and keys of one width and number"
-    out: Tensor = _Causal.apply(query_TNH, key_TGH, value_TGH, lengths)  # type: ignore[no-untyped-call]
+    out: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
+        query_TNH, key_TGH, value_TGH, lengths, is_causal, blocks_T
+    )
     return out
 
 
@@ -250,18 +260,25 @@ def _combine(
     return out
 
 
-class _Causal(Function):
+class _Attention(Function):
     @staticmethod
     def forward(
-        ctx: Any, query_TNH: Tensor, key_TGH: Tensor, value_TGH: Tensor, lengths: Sequence[int]
+        ctx: Any,
+        query_TNH: Tensor,
+        key_TGH: Tensor,
+        value_TGH: Tensor,
+        lengths: Sequence[int],
+        is_causal: bool,
+        blocks_T: Tensor | None,
     ) -> Tensor:
         query, key, value = query_TNH.contiguous(), key_TGH.contiguous(), value_TGH.contiguous()
         tokens, heads, dim = query.shape
-        ctx.shape = np.asarray(lengths, dtype=np.int64), heads, key.shape[1], dim
+        ctx.shape = np.asarray(lengths, dtype=np.int64), heads, key.shape[1], dim, is_causal
+        ctx.blocks = None if blocks_T is None else blocks_T.contiguous()
         out, lse = torch.empty_like(query), query.new_empty(tokens, heads)
         ctx.save_for_backward(query, key, value, out, lse)
         addresses = [x.data_ptr() for x in (query, key, value, out, lse)]
-        _train().causal(*ctx.shape, *addresses, torch.get_num_threads())
+        _train().attention(*ctx.shape, _address(ctx.blocks), *addresses, torch.get_num_threads())
         return out
 
     @staticmethod
@@ -270,8 +287,13 @@ class _Causal(Function):
         saved = ctx.saved_tensors
         by = [torch.empty_like(x) for x in saved[:3]]
         given = (*saved, by_out.contiguous(), *by)
-        _train().causal_backward(*ctx.shape, *(x.data_ptr() for x in given), torch.get_num_threads())
-        return *by, None
+        addresses = [x.data_ptr() for x in given]
+        _train().attention_backward(*ctx.shape, _address(ctx.blocks), *addresses, torch.get_num_threads())
+        return *by, None, None, None
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 class _RMSNorm(Function):

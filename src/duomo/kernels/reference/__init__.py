@@ -1,6 +1,6 @@
 """The plain torch version of every operation: the specification its fast twins are compared with."""
 
-from duomo.kernels.reference.attention import attention, causal_attention
+from duomo.kernels.reference.attention import attention, attention_within
 from duomo.kernels.reference.cross_entropy import cross_entropy
 from duomo.kernels.reference.experts import experts, gated, swiglu
 from duomo.kernels.reference.linear import dense_linear, linear, panel_linear, rounded_linear
@@ -31,7 +31,7 @@ __all__ = [
     "Norm",
     "Routing",
     "attention",
-    "causal_attention",
+    "attention_within",
     "cross_entropy",
     "dense_linear",
     "experts",

@@ -6,10 +6,12 @@ Sequences are never padded into one another: a token's result does not depend on
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 
 def attention(query_TNH: Tensor, key_UGH: Tensor, value_UGH: Tensor, is_causal: bool = True) -> Tensor:
@@ -32,10 +34,56 @@ def attention(query_TNH: Tensor, key_UGH: Tensor, value_UGH: Tensor, is_causal: 
     return out[0].transpose(0, 1)
 
 
-def causal_attention(query_TNH: Tensor, key_TGH: Tensor, value_TGH: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Whole sequences of `lengths` side by side, each causally within itself. Returns [T, N, H]."""
+def attention_within(
+    query_TNH: Tensor,
+    key_TGH: Tensor,
+    value_TGH: Tensor,
+    lengths: Sequence[int],
+    is_causal: bool = True,
+    blocks_T: Tensor | None = None,
+) -> Tensor:
+    """Whole sequences of `lengths` side by side, each within itself. Returns [T, N, H]."""
+    if blocks_T is not None:
+        assert is_causal, "blocks follow one another"
+        return _blocks_within(query_TNH, key_TGH, value_TGH, lengths, blocks_T)
+    if not is_causal:
+        return _full_within(query_TNH, key_TGH, value_TGH, lengths)
     pieces = zip(*(x.split(list(lengths)) for x in (query_TNH, key_TGH, value_TGH)), strict=True)
     return torch.cat([attention(query, key, value) for query, key, value in pieces])
+
+
+def _blocks_within(
+    query_TNH: Tensor, key_TGH: Tensor, value_TGH: Tensor, lengths: Sequence[int], blocks_T: Tensor
+) -> Tensor:
+    """All sequences filled up to the longest, as one batch under one mask."""
+    counts = list(lengths)
+    query, key, value, blocks_SL = (
+        pad_sequence(x.split(counts), batch_first=True) for x in (query_TNH, key_TGH, value_TGH, blocks_T)
+    )
+    own, other = blocks_SL[:, :, None], blocks_SL[:, None, :]
+    size = blocks_SL.shape[1]
+    is_before = torch.ones(size, size, dtype=torch.bool, device=blocks_SL.device).tril()
+    mask_S1LL = (is_before & ((other == 0) | (other == own)))[:, None]
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    is_shared = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_S1LL, enable_gqa=is_shared)
+    return torch.cat([one[:count] for one, count in zip(out.transpose(1, 2), counts, strict=True)])
+
+
+def _full_within(query_TNH: Tensor, key_TNH: Tensor, value_TNH: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Neighbours of one length as one batch, which torch computes at the speed of a long one."""
+    outputs, start = [], 0
+    for length, run in groupby(lengths):
+        count = len(list(run))
+        stop = start + length * count
+        query, key, value = (
+            x[start:stop].unflatten(0, (count, length)).transpose(1, 2)
+            for x in (query_TNH, key_TNH, value_TNH)
+        )
+        out = F.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        start = stop
+    return torch.cat(outputs)
 
 
 def _lower_right(num_new: int, num_all: int) -> Tensor:

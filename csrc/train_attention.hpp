@@ -1,7 +1,7 @@
-// Causal attention of whole sequences, forward and backward, in fp32 (AVX-512 only).
+// Attention of whole sequences within themselves, causal or full, forward and backward, in fp32 (AVX-512 only).
 //
 // Queries stand in lanes: scores are [keys][32 queries], so that a softmax runs down registers, never across them, and
-// the scores are a packed side of the next product as they lie. Keys behind a block of queries are never touched. The
+// the scores are a packed side of the next product as they lie. Keys that no query of a block sees are never touched. The
 // backward pass computes the scores again from each row's lse. An item is a sequence and a key head, whose query heads
 // add to its gradients in their order.
 #pragma once
@@ -12,35 +12,42 @@
 
 namespace {
 
-using duomo::CausalShape;
+using duomo::SequenceShape;
 
 constexpr int64_t kQueries = 32;
 
-struct CausalItem {
+struct SequenceItem {
     int64_t begin, length, group;
 };
 
 template <class Body>
-void each_sequence(const CausalShape& s, int threads, Body&& body) {
+void each_sequence(const SequenceShape& s, int threads, Body&& body) {
     parallel_by(threads, s.num_sequences * s.groups, [&](int64_t item) {
         int64_t begin = 0;
         for (int64_t i = 0; i < item / s.groups; ++i) begin += s.lengths[i];
-        body(CausalItem{begin, s.lengths[item / s.groups], item % s.groups});
+        body(SequenceItem{begin, s.lengths[item / s.groups], item % s.groups});
     });
 }
 
 // One block of queries of one head: `scores` is [panels][room][16], of which the first `keys` rows count.
 struct Block {
     int64_t first, count, keys, panels, room;
+    bool is_causal;
+    const int32_t* blocks;  // of the sequence
 
-    Block(int64_t first, int64_t length)
-        : first(first), count(std::min(kQueries, length - first)), keys(first + count), panels((count + 15) / 16),
-          room(length) {}
+    Block(const SequenceShape& s, const SequenceItem& item, int64_t first)
+        : first(first), count(std::min(kQueries, item.length - first)), keys(s.is_causal ? first + count : item.length),
+          panels((count + 15) / 16), room(item.length), is_causal(s.is_causal),
+          blocks(s.blocks ? s.blocks + item.begin : nullptr) {}
     float* panel(float* scores, int64_t j) const { return scores + j * room * kPanel; }
     // The queries of a panel that see key u, and are there at all.
     __mmask16 seen(int64_t j, int64_t u) const {
-        const int64_t hidden = std::max<int64_t>(u - first - 16 * j, 0);
-        return hidden >= 16 ? 0 : __mmask16(first_lanes(count - 16 * j) & (0xFFFF << hidden));
+        const int64_t hidden = is_causal ? std::max<int64_t>(u - first - 16 * j, 0) : 0;
+        if (hidden >= 16) return 0;
+        const __mmask16 there = first_lanes(count - 16 * j), known = __mmask16(there & (0xFFFF << hidden));
+        if (!blocks || !blocks[u]) return known;
+        const __m512i own = _mm512_maskz_loadu_epi32(there, blocks + first + 16 * j);
+        return _mm512_mask_cmpeq_epi32_mask(known, own, _mm512_set1_epi32(blocks[u]));
     }
 };
 
@@ -72,11 +79,11 @@ inline void gather(const Block& block, int64_t dim, const uint32_t* strips, cons
     }
 }
 
-void causal(const CausalShape& s, const float* query, const float* key, const float* value, float* out, float* lse,
+void attention(const SequenceShape& s, const float* query, const float* key, const float* value, float* out, float* lse,
             int threads) {
     const int64_t dim = s.dim, share = s.heads / s.groups, stride = s.heads * dim, key_stride = s.groups * dim;
     const float unit = 1.44269504f / std::sqrt(float(dim));
-    each_sequence(s, threads, [&](const CausalItem& item) {
+    each_sequence(s, threads, [&](const SequenceItem& item) {
         static thread_local std::vector<float> memory;
         const int64_t length = item.length, padded = round_up(length, 16);
         float* keys = grown(memory, 2 * padded * dim + kQueries * (padded + 3 * dim));
@@ -87,7 +94,7 @@ void causal(const CausalShape& s, const float* query, const float* key, const fl
         pack_across<Single, kStrip>({value + base, key_stride, nullptr, true}, 0, dim, length, bits(values));
         for (int64_t head = item.group * share; head < (item.group + 1) * share; ++head)
             for (int64_t first = 0; first < length; first += kQueries) {
-                const Block block(first, length);
+                const Block block(s, item, first);
                 const int64_t start = item.begin * stride + head * dim;
                 score(block, dim, bits(keys), {query + start, stride, nullptr, false}, bits(packed), scores);
                 float inverse[kQueries];
@@ -128,11 +135,11 @@ inline void scatter(const Block& block, int64_t dim, float* scores, const duomo:
                             {sums, stride, kPanel}, true);
 }
 
-void causal_backward(const CausalShape& s, const float* query, const float* key, const float* value, const float* out,
+void attention_backward(const SequenceShape& s, const float* query, const float* key, const float* value, const float* out,
                      const float* lse, const float* by_out, float* by_query, float* by_key, float* by_value, int threads) {
     const int64_t dim = s.dim, share = s.heads / s.groups, stride = s.heads * dim, key_stride = s.groups * dim;
     const float root = 1.0f / std::sqrt(float(dim)), unit = 1.44269504f * root;
-    each_sequence(s, threads, [&](const CausalItem& item) {
+    each_sequence(s, threads, [&](const SequenceItem& item) {
         static thread_local std::vector<float> memory;
         const int64_t length = item.length, padded = round_up(length, 16);
         float* keys = grown(memory, 3 * padded * dim + kQueries * (3 * padded + 3 * dim));
@@ -149,7 +156,7 @@ void causal_backward(const CausalShape& s, const float* query, const float* key,
         }
         for (int64_t head = item.group * share; head < (item.group + 1) * share; ++head)
             for (int64_t first = 0; first < length; first += kQueries) {
-                const Block block(first, length);
+                const Block block(s, item, first);
                 const int64_t start = item.begin * stride + head * dim;
                 const duomo::Operand queries = {query + start, stride, nullptr, false};
                 const duomo::Operand by_outs = {by_out + start, stride, nullptr, false};
