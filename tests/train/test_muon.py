@@ -15,10 +15,11 @@ from duomo.checkpoints import load_model
 from duomo.errors import TrainingError
 from duomo.train import run
 from duomo.train.loop import Run, finetune
-from duomo.train.muon import Muon, is_wide, orthogonal
+from duomo.train.muon import Muon, is_wide, orthogonal, orthogonal_together
 from duomo.train.processes import run_in
 from duomo.train.recipe import Recipe
 from tests.conftest import made_up_pools
+from tests.train.batches import batches_here
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (2, 32, 128), (2, 128, 48)])
@@ -73,6 +74,24 @@ def test_what_is_no_matrix_moves_by_adamw() -> None:
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
+def make_orthogonal_here(folder: Path) -> None:
+    torch.save(orthogonal_together(stacks()), folder / f"{torch.distributed.get_rank()}.pt")
+
+
+def stacks() -> list[torch.Tensor]:
+    torch.manual_seed(4)
+    return [torch.randn(3, 32, 64), torch.randn(1, 48, 32)]
+
+
+def test_processes_share_the_matrices_of_a_step(tmp_path: Path) -> None:
+    """Each has what one alone makes of all of them."""
+    assert run_in(2, partial(make_orthogonal_here, tmp_path)) == 0
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for one, stack in zip(found, stacks(), strict=True):
+            torch.testing.assert_close(one, orthogonal(stack), rtol=0.0, atol=1e-2)
+
+
 def test_routers_and_vectors_are_no_matrices() -> None:
     assert is_wide(torch.zeros(8, 64, 192))
     assert not is_wide(torch.zeros(8, 192)) and not is_wide(torch.zeros(192))
@@ -114,17 +133,6 @@ def train_here(folder: Path) -> None:
     run.load_pools = lambda cache, split: made_up_pools(split)
     run.BatchSource.batches = batches_here  # type: ignore[method-assign]
     run.train(short_recipe(), folder, folder, say=lambda line: None)
-
-
-def batches_here(self: run.BatchSource, first_step: int):  # type: ignore[no-untyped-def]
-    for step in range(first_step, self.stage.num_steps):
-        yield (
-            step,
-            [
-                run.make_batch(self.recipe, self.stage, str(self.folder), str(self.folder), step, part)
-                for part in self.parts
-            ],
-        )
 
 
 def test_two_processes_train_the_embedded_model_as_one_does(

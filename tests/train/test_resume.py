@@ -17,6 +17,7 @@ from duomo.tasks.pools import Pools
 from duomo.train import joint_stage, run
 from duomo.train.recipe import Recipe, config_of
 from duomo.train.render import Renderer
+from tests.train.batches import batches_here
 
 
 class Stop(Exception):
@@ -28,19 +29,7 @@ def short(monkeypatch: pytest.MonkeyPatch, pools: Pools) -> Recipe:
     """All stages in two steps, checkpoints after every step, data made in this process."""
     monkeypatch.setattr(run, "load_pools", lambda cache, split: pools)
 
-    def batches(self: run.BatchSource, first_step: int):  # type: ignore[no-untyped-def]
-        for step in range(first_step, self.stage.num_steps):
-            yield (
-                step,
-                [
-                    run.make_batch(
-                        self.recipe, self.stage, str(self.folder), str(self.cache_folder), step, part
-                    )
-                    for part in self.parts
-                ],
-            )
-
-    monkeypatch.setattr(run.BatchSource, "batches", batches)
+    monkeypatch.setattr(run.BatchSource, "batches", batches_here)
     recipe = Recipe(checkpoint_seconds=0.0)
     return recipe.shortened(num_steps=2, batch_size=6)
 

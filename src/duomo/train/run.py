@@ -67,6 +67,7 @@ def train(
         state.stage_index = stage_index(recipe, start[0])
         model.load_state_dict(start[1])
     model.to(device)
+    run = Run(recipe, folder, cache_folder, say, team, model, head, state)
     for index, stage in enumerate(recipe.stages):
         if state.stage_index > index:
             continue
@@ -74,7 +75,7 @@ def train(
         state.restore(index, model, head, optimizer)
         if stage.start and state.step == 0 and (start is None or start[0] != stage.name):
             model.load_state_dict(averaged(folder, stage.start))
-        _run_stage(stage, recipe, model, head, optimizer, state, team, folder, cache_folder, say)
+        run.stage(stage, optimizer)
         state.finish_stage(index, model, head)
     return model
 
@@ -156,56 +157,67 @@ def rate_at(stage: Stage, step: int) -> float:
     return stage.rate * warm * (1 - 0.95 * fall)
 
 
-def _run_stage(
-    stage: Stage,
-    recipe: Recipe,
-    model: Ernie,
-    head: vision_stage.CellHead,
-    optimizer: torch.optim.Optimizer,
-    state: RunState,
-    team: Team,
-    folder: Path,
-    cache_folder: Path,
-    say: Callable[[str], None],
-) -> None:
-    watch = RouterWatch().attach(model)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    source = BatchSource(recipe, stage, folder, cache_folder, team)
-    meter = Meter(stage, state.step)
-    for step, batches in source.batches(state.step):
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(stage, step) * group["rate_scale"]
-        optimizer.zero_grad()
-        usage: dict[Router, Tensor] = {}
-        for batch in batches:
-            with fast_products(recipe.bf16, model.embed.weight.device):
-                loss, score = losses_of(stage, model, head, batch)
-                seen = watch.take()
-                total: Tensor = loss
-                for router, routing in seen:
-                    total = total + recipe.balance * losses.balance_loss(router, routing)
-                    total = total + recipe.router_z * losses.router_z_loss(routing)
-                (total / stage.num_parts).backward()
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What all stages share: the recipe and its folders, the model with its throw-away head, who trains."""
+
+    recipe: Recipe
+    folder: Path
+    cache_folder: Path
+    say: Callable[[str], None]
+    team: Team
+    model: Ernie
+    head: vision_stage.CellHead
+    state: RunState
+
+    def stage(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
+        """All steps that are left of it."""
+        recipe, model, state = self.recipe, self.model, self.state
+        watch = RouterWatch().attach(model)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        source = BatchSource(recipe, stage, self.folder, self.cache_folder, self.team)
+        meter = Meter(stage, state.step)
+        for step, batches in source.batches(state.step):
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(stage, step) * group["rate_scale"]
+            optimizer.zero_grad()
+            usage: dict[Router, Tensor] = {}
+            for batch in batches:
+                self._add_gradients(stage, batch, watch, usage, meter)
+            self.team.add_up([p.grad for p in parameters])
+            nn.utils.clip_grad_norm_(parameters, recipe.clip)
+            optimizer.step()
+            self.team.add_up(list(usage.values()))
+            for router, counts_E in usage.items():
+                losses.nudge_bias(router, counts_E, recipe.bias_update)
+            state.step = step + 1
+            if state.step % 20 == 0:
+                state.count_time()
+                self.say(meter.line(state))
+            if state.step % 500 == 0 and not stage.is_dense:
+                self.say("  dev: " + dev_line(model, stage, recipe, self.folder, self.cache_folder))
+                watch.take()
+            state.save_if_due(model, self.head, optimizer)
+        for handle in watch.handles:
+            handle.remove()
+
+    def _add_gradients(
+        self, stage: Stage, batch: Any, watch: RouterWatch, usage: dict[Router, Tensor], meter: Meter
+    ) -> None:
+        """Those of one part of a step, and how often it chose each expert."""
+        recipe = self.recipe
+        with fast_products(recipe.bf16, self.model.embed.weight.device):
+            loss, score = losses_of(stage, self.model, self.head, batch)
+            seen = watch.take()
+            total: Tensor = loss
             for router, routing in seen:
-                counts_E = losses.usage_of(router, routing)
-                usage[router] = usage[router] + counts_E if router in usage else counts_E
-            meter.note(float(loss.detach()), score)
-        team.add_up([p.grad for p in parameters])
-        nn.utils.clip_grad_norm_(parameters, recipe.clip)
-        optimizer.step()
-        team.add_up(list(usage.values()))
-        for router, counts_E in usage.items():
-            losses.nudge_bias(router, counts_E, recipe.bias_update)
-        state.step = step + 1
-        if state.step % 20 == 0:
-            state.count_time()
-            say(meter.line(state))
-        if state.step % 500 == 0 and not stage.is_dense:
-            say("  dev: " + dev_line(model, stage, recipe, folder, cache_folder))
-            watch.take()
-        state.save_if_due(model, head, optimizer)
-    for handle in watch.handles:
-        handle.remove()
+                total = total + recipe.balance * losses.balance_loss(router, routing)
+                total = total + recipe.router_z * losses.router_z_loss(routing)
+            (total / stage.num_parts).backward()
+        for router, routing in seen:
+            counts_E = losses.usage_of(router, routing)
+            usage[router] = usage[router] + counts_E if router in usage else counts_E
+        meter.note(float(loss.detach()), score)
 
 
 def losses_of(stage: Stage, model: Ernie, head: vision_stage.CellHead, batch: Any) -> tuple[Tensor, float]:
