@@ -12,7 +12,7 @@ import pytest
 
 from duomo.errors import TrainingError
 from duomo.tasks import charts, circuits, instructions, meters, nuclei, places, surface
-from duomo.tasks.families import COLOURS, FAMILIES, LABELS
+from duomo.tasks.families import COLOURS, FAMILIES, LABELS, LOOKUPS
 from duomo.tasks.pools import FONTS, Pools, load_pools
 from duomo.tasks.scene import Example, Split, Turn, split_of
 from tests.conftest import made_up_pools
@@ -103,6 +103,23 @@ def test_every_step_of_a_thought_is_true(name: str) -> None:
                 assert abs(value - wanted) <= (Fraction(1, 200) if right.endswith("%") else 0), turn
                 checked += 1
     assert checked > 40
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_more_lookups_ask_more_of_the_same_scene(name: str) -> None:
+    """The first example is the family's own with turns added, and every added one is true."""
+    pools = made_up_pools("train")
+    one = FAMILIES[name](np.random.default_rng(3), pools)
+    more = LOOKUPS[name](np.random.default_rng(3), pools, 4)
+    assert more.scene == one.scene and len(more.turns) > len(one.turns)
+    if name == "places":  # lookups come before the name of the first
+        assert set(one.turns[:4]) <= set(more.turns)
+    else:
+        assert more.turns[: len(one.turns)] == one.turns
+    if name == "charts":
+        values = {m: int(v) for m, v in re.findall(r"(\w+)=(\d+)", more.scene)}
+        for turn in more.turns[len(one.turns) :]:
+            assert turn.answer in {str(v) for m, v in values.items() if m in turn.question}
 
 
 def test_charts_answer_by_their_values() -> None:

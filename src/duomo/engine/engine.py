@@ -295,18 +295,20 @@ class Engine:
             entry.traces.append(cut_trace(trace, kept))
         self.counters.drafted_tokens += len(work.drafts)
         self.counters.accepted_drafts += kept - work.count + len(work.drafts)
-        self.scheduler.advance(work, kept)
-        sequence.drafts = propose(sequence.ids, self.num_drafts) if self.num_drafts else []
-        self._report(entry)
+        self._go_on(entry, work, kept)
 
     def _take_next(self, work: Work, row: Floats, likeliest: int) -> None:
         """`_take` for one token of an answer, which is what most works are."""
         sequence = work.sequence
         entry = self._open[sequence.request.request_id]
         sequence.ids.append(entry.answer.step(row, likeliest))
-        self.scheduler.advance(work, 1)
+        self._go_on(entry, work, 1)
+
+    def _go_on(self, entry: _Open, work: Work, kept: int) -> None:
+        """After `kept` of a work's tokens have stayed."""
+        self.scheduler.advance(work, kept)
         if self.num_drafts:
-            sequence.drafts = propose(sequence.ids, self.num_drafts)
+            work.sequence.drafts = propose(work.sequence.ids, self.num_drafts)
         self._report(entry)
 
     def _score_prompt(self, entry: _Open, work: Work, rows: Floats) -> None:
