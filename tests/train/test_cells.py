@@ -59,7 +59,8 @@ def test_marks_of_clips_lie_where_something_is() -> None:
 def test_a_stage_that_asks_for_places_teaches_them(name: str, tokenizer: Tokenizer) -> None:
     stage = replace(Recipe().stages[-1], cells=((name, 1.0),), batch_size=4, place_weight=0.5)
     batch = cell_batch(np.random.default_rng(2), made_up_pools("train"), stage, 1.0)
-    assert len(batch.places_R2) == sum(grid.num_tokens for grid in batch.grids) == len(batch.kinds_R)
+    num_cells = sum(grid.num_tokens for grid in batch.grids)
+    assert all(len(array) == num_cells for array in batch.labels)
     model = build_model(tokenizer, 5)
     head = build_head(model)
     with_places = float(cell_loss(model, head, batch)[0].detach())
@@ -74,8 +75,10 @@ def test_a_stage_that_asks_for_places_teaches_them(name: str, tokenizer: Tokeniz
         head.place.bias.copy_(-100.0 * rows)
         only_first = replace(
             batch,
-            places_R2=np.zeros_like(batch.places_R2),
-            offsets_R2=np.full_like(batch.offsets_R2, 0.25),
+            labels=batch.labels._replace(
+                places_R2=np.zeros_like(batch.labels.places_R2),
+                offsets_R2=np.full_like(batch.labels.offsets_R2, 0.25),
+            ),
         )
         head.offset.weight.zero_()
         head.offset.bias.fill_(0.25)

@@ -9,7 +9,7 @@ Reading is the bottleneck of the whole model, and this is its cheapest supervisi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -50,14 +50,20 @@ class CellHead(nn.Module):
         self.offset = nn.Linear(hidden_size, 2)
 
 
-@dataclass(slots=True)
-class CellBatch:
-    patches_PX: Array  # uint8
-    grids: list[Grid]
+class CellLabels(NamedTuple):
+    """Of every cell, pair of frames by pair. Kind and colour are 0 where nothing is centred."""
+
     kinds_R: Array
     colours_R: Array
     places_R2: Array
     offsets_R2: Array  # fp32; means nothing where nothing lies
+
+
+@dataclass(slots=True)
+class CellBatch:
+    patches_PX: Array  # uint8
+    grids: list[Grid]
+    labels: CellLabels
     place_weight: float
 
 
@@ -69,14 +75,16 @@ def cell_batch(rng: np.random.Generator, pools: Pools, stage: Stage, progress: f
     drawn = [_drawn(rng, pools, names[i], hardness, stage.min_spacing) for i in chosen]
     # Equal grids side by side, so that the tower computes them as one batch.
     drawn.sort(key=lambda pair: pair[0].shape)
-    patches, grids, labels = [], [], []
+    patches: list[Array] = []
+    grids: list[Grid] = []
+    labels: list[CellLabels] = []
     for picture, marks in drawn:
         rows, grid = patchify(picture)
         patches.append(rows)
         grids.append(grid)
         labels.append(cell_labels(picture, marks))
-    found = (np.concatenate(arrays) for arrays in zip(*labels, strict=True))
-    return CellBatch(np.concatenate(patches), grids, *found, place_weight=stage.place_weight)
+    found = CellLabels(*(np.concatenate(arrays) for arrays in zip(*labels, strict=True)))
+    return CellBatch(np.concatenate(patches), grids, found, stage.place_weight)
 
 
 def _drawn(
@@ -93,20 +101,18 @@ def _drawn(
             return stamp_frames(example.picture, example.times), example.marks
 
 
-def cell_labels(picture: Pixels, marks: tuple[Mark, ...]) -> tuple[Array, Array, Array, Array]:
-    """Of every cell, pair of frames by pair: label and colour [R], 0 where nothing is centred; its place and
-    the offset of what lies there [R, 2]."""
+def cell_labels(picture: Pixels, marks: tuple[Mark, ...]) -> CellLabels:
     pairs = picture.shape[0] // 2 if picture.ndim == 4 else 1
     shape = pairs, picture.shape[-3] // FACTOR_PX, picture.shape[-2] // FACTOR_PX
     kind, colour = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    places = np.stack(np.indices(shape)[1:], axis=-1)
+    places = np.moveaxis(np.indices(shape)[1:], 0, -1)
     offsets = np.zeros((*shape, 2), dtype=np.float32)
     for mark in marks:
         row, column = mark.row / FACTOR_PX, mark.column / FACTOR_PX
         place = mark.pair, int(row), int(column)
         kind[place], colour[place] = LABEL_INDEX[mark.label], COLOUR_INDEX[mark.colour]
         offsets[place] = row - int(row) - 0.5, column - int(column) - 0.5
-    return kind.reshape(-1), colour.reshape(-1), places.reshape(-1, 2), offsets.reshape(-1, 2)
+    return CellLabels(kind.reshape(-1), colour.reshape(-1), places.reshape(-1, 2), offsets.reshape(-1, 2))
 
 
 def _board(rng: np.random.Generator, pool: Handwriting, hardness: float) -> tuple[Pixels, tuple[Mark, ...]]:
@@ -127,12 +133,11 @@ def cell_loss(model: Ernie, head: CellHead, batch: CellBatch) -> tuple[Tensor, f
     """Cross-entropy of kinds and colours, and the share of occupied cells named rightly."""
     device = model.embed.weight.device
     features_RD = model.encode(torch.from_numpy(normalize(batch.patches_PX)).to(device), batch.grids)
-    kinds_R, colours_R = (torch.from_numpy(x).to(device) for x in (batch.kinds_R, batch.colours_R))
+    kinds_R, colours_R, places_R2, offsets_R2 = (torch.from_numpy(x).to(device) for x in batch.labels)
     kind_logits, colour_logits = head.kind(features_RD), head.colour(features_RD)
     loss = F.cross_entropy(kind_logits, kinds_R) + 0.5 * F.cross_entropy(colour_logits, colours_R)
     occupied = kinds_R > 0
     if batch.place_weight:
-        places_R2, offsets_R2 = (torch.from_numpy(x).to(device) for x in (batch.places_R2, batch.offsets_R2))
         place_logits = head.place(features_RD).unflatten(-1, (2, MOST_CELLS))
         misplaced = F.cross_entropy(place_logits.flatten(0, 1), places_R2.flatten())
         missed = F.smooth_l1_loss(head.offset(features_RD)[occupied], offsets_R2[occupied], beta=0.1)
