@@ -124,7 +124,7 @@ def measure(stages: Stages, tokens: int) -> dict[str, Any]:
         ("text as long as its new part", again, again["prompt_tokens"] - again["cached_tokens"]),
         ("text as long as the whole", other, other["prompt_tokens"]),
     ):
-        runs[name] = stages.first_token(text_of(stages, length, seed=length))
+        runs[name] = stages.first_token(text_of(stages, length, seed=1000 * tokens + length))
         run["times_text"] = run["total_s"] / runs[name]["total_s"]
     return runs
 
