@@ -15,6 +15,7 @@ from duomo.tasks.pools import Pools
 from duomo.tasks.scene import Example, Language, Mark, Pixels, Turn, any_language, pick, split_of
 
 SIDE_PX = 112
+CELL_PX = 28  # side of a cell, which is a token
 STEP_S = 0.5
 STAMP_PX = 6, 71  # row and column of the seconds that are written on a frame
 LATEST = 25  # steps after which the last pair of frames may come
@@ -85,11 +86,7 @@ def _marks(*paths: Sequence[tuple[float, float] | None], start: int = 0) -> tupl
     for pair in range(len(paths[0]) // 2):
         marks.append(Mark(f"time {start + 2 * pair}", *STAMP_PX, pair=pair))
         for before, after in (path[2 * pair : 2 * pair + 2] for path in paths):
-            if (
-                before
-                and after
-                and all(int(a) // 28 == int(b) // 28 for a, b in zip(before, after, strict=True))
-            ):
+            if before and after and _cell(before) == _cell(after):
                 marks.append(Mark("sprite both", *_middle(before, after), pair=pair))
                 continue
             marks += [
@@ -98,6 +95,10 @@ def _marks(*paths: Sequence[tuple[float, float] | None], start: int = 0) -> tupl
                 if place
             ]
     return tuple(marks)
+
+
+def _cell(place: tuple[float, float]) -> tuple[int, int]:
+    return int(place[0]) // CELL_PX, int(place[1]) // CELL_PX
 
 
 def _middle(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
