@@ -17,14 +17,13 @@ from duomo.engine.runner import ModelRunner
 from duomo.engine.vocabulary import Vocabulary
 from duomo.errors import ConfigError
 from duomo.kernels import DenseForm
-from duomo.model.config import ModelConfig
+from duomo.model.config import SMALL, ModelConfig
 from duomo.model.ernie import Ernie
 from duomo.model.plain_decoder import is_bfloat16
 from duomo.processing.tokenizer import Tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ELEMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}
-_SMALL = 1 << 30
 
 
 def open_engine(
@@ -64,11 +63,11 @@ def open_engine(
     if weights_cap_bytes is None:
         weights_cap_bytes = settings.weights_cap_bytes
     model = load_model(folder, _DTYPES.get(dtype), is_read_only=True)
-    if dtype == "auto" and sum(parameter.numel() for parameter in model.parameters()) < _SMALL:
+    if dtype == "auto" and sum(parameter.numel() for parameter in model.parameters()) < SMALL:
         model = model.float()
     if kv_dtype == "auto":
         is_wide = model.decoder.norm.weight.dtype == torch.float32
-        kv_dtype = "float32" if is_wide and inventory.total.parameters < _SMALL else "bfloat16"
+        kv_dtype = "float32" if is_wide and inventory.total.parameters < SMALL else "bfloat16"
     most = min(max_model_tokens or config.max_positions, config.max_positions)
     num_pages = num_pages_in(kv_bytes, config, kv_dtype, page_size)
     num_pages = min(num_pages, -(-most // page_size) * max_sequences)

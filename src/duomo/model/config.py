@@ -17,6 +17,7 @@ from typing import Any
 from duomo.errors import ConfigError
 
 VL_TYPES = ("ernie4_5_moe_vl", "ernie4_5_vl_moe", "ernie4_5_vl")
+SMALL = 1 << 30  # parameters below which a model computes in fp32, if nobody says otherwise
 TEXT_TYPES = ("ernie4_5_moe", "ernie4_5")
 
 

@@ -57,9 +57,20 @@ class ExpertBank(nn.Module):
     def forward(
         self, hidden_TD: Tensor, chosen_TK: Tensor | None = None, rows: Tensor | None = None
     ) -> Tensor:
+        return self.run_with(self.gate_up, self.down, hidden_TD, chosen_TK, rows)
+
+    def run_with(
+        self,
+        gate_up_EFD: Tensor,
+        down_EDF: Tensor,
+        hidden_TD: Tensor,
+        chosen_TK: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Its choice of experts over these matrices: its own, or with an adapter folded in."""
         routing = self.router(hidden_TD)
         note_choice(routing.expert_ids_TK, chosen_TK, rows)
-        return kernels.experts(hidden_TD, routing.expert_ids_TK, routing.weights_TK, self.gate_up, self.down)
+        return kernels.experts(hidden_TD, routing.expert_ids_TK, routing.weights_TK, gate_up_EFD, down_EDF)
 
 
 def note_choice(expert_ids_TK: Tensor, chosen_TK: Tensor | None, rows: Tensor | None) -> None:

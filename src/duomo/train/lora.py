@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from duomo import kernels
 from duomo.errors import TrainingError
-from duomo.model.experts import ExpertBank, Router, note_choice
+from duomo.model.experts import ExpertBank, Router
 from duomo.model.layers import Linear
 from duomo.train.banks import run_experts
 from duomo.train.frozen import FrozenBank, FrozenLinear
@@ -102,10 +102,8 @@ class LoraBank(nn.Module):
         self, hidden_TD: Tensor, chosen_TK: Tensor | None = None, rows: Tensor | None = None
     ) -> Tensor:
         if isinstance(self.base, ExpertBank) and _folds(hidden_TD, self.base.down):
-            routing = self.router(hidden_TD)
-            note_choice(routing.expert_ids_TK, chosen_TK, rows)
             banks = self.base.gate_up + self._gate_up_added(), self.base.down + self._down_added()
-            return kernels.experts(hidden_TD, routing.expert_ids_TK, routing.weights_TK, *banks)
+            return self.base.run_with(*banks, hidden_TD, chosen_TK, rows)
         return run_experts(self, hidden_TD, chosen_TK, rows)
 
     def _gate_up_added(self) -> Tensor:

@@ -17,6 +17,7 @@ from duomo.checkpoints.load import load_config
 from duomo.checkpoints.stream import is_quantized
 from duomo.errors import TrainingError
 from duomo.model import Ernie, init_weights
+from duomo.model.config import SMALL
 from duomo.model.experts import ExpertBank, Experts
 from duomo.train.frozen import open_packed
 from duomo.train.groups import GROUPS, freeze_all_but, parameters_by_group
@@ -36,7 +37,6 @@ STAGE_GROUPS: dict[str, tuple[str, ...]] = {
     "grpo": GROUPS,
 }
 VISION_DOWN_SCALE = 1 / 6  # as ERNIEKit has it: the smaller expert starts as a faint copy
-_SMALL = 1 << 30  # parameters, as in `engine.opening`
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -83,7 +83,7 @@ def _open(settings: Settings, folder: Path) -> Ernie:
     # A full run keeps fp32 weights to step on. Under an adapter the base may rest in bf16, which saves memory
     # where it is large; torch computes in it slowly on a CPU (`train.precision`), so a small one does not.
     model = load_model(folder, _DTYPES[settings.dtype] if settings.lora else torch.float32)
-    is_small = sum(parameter.numel() for parameter in model.parameters()) < _SMALL
+    is_small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
     return model.float() if settings.device == "cpu" and is_small else model
 
 
