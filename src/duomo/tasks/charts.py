@@ -171,33 +171,46 @@ def reckon(chart: Chart, language: Language) -> tuple[str, str]:
 
 
 def draw(rng: np.random.Generator, chart: Chart, name: str) -> tuple[Pixels, tuple[Mark, ...]]:
+    """In a style of its own each time: the scale ends above the highest value, so heights alone don't tell."""
     height, width = CANVAS_PX
-    ink, canvas = tint(rng, 10, 70), Canvas(height, width, tint(rng, 235, 255))
-    left, right, bottom, top = rng.uniform(18, 24), width - 4.0, height - rng.uniform(17, 22), 16.0
-    unit = (bottom - top) / HIGHEST
+    is_plain = rng.random() < 0.25  # black on white, as programs draw
+    ink, paper = (tint(rng, 0, 12), (255, 255, 255)) if is_plain else (tint(rng, 10, 70), tint(rng, 235, 255))
+    canvas = Canvas(height, width, paper)
+    left, right, bottom = rng.uniform(17, 24), width - rng.uniform(4, 9), height - rng.uniform(16, 22)
+    unit = (bottom - rng.uniform(15, 22)) / HIGHEST
+    top = max(3.0, bottom - unit * rng.uniform(HIGHEST, 1.15 * HIGHEST))
+    has_grid = rng.random() < (0.15 if chart.is_labelled else 0.7)
+    has_ticks, number_px, month_px = rng.random() < 0.5, int(rng.integers(8, 13)), int(rng.integers(8, 12))
     for tick in range(0, HIGHEST + 1, 5):
         y = bottom - tick * unit
-        if not chart.is_labelled:
+        if has_grid:
             canvas.line([(left, y), (right, y)], (205, 205, 205), 0.5)
-        canvas.text(left - 8, y, str(tick), name, 9, ink)
+        if has_ticks:
+            canvas.line([(left - 2.5, y), (left, y)], ink)
+        canvas.text(left - (10 if has_ticks else 8), y, str(tick), name, int(rng.integers(8, 10)), ink)
     canvas.line([(left, top), (left, bottom), (right, bottom)], ink)
+    if rng.random() < 0.35:
+        canvas.line([(left, top), (right, top), (right, bottom)], ink)
     pitch, colour, marks = (right - left) / len(chart.months), vivid(rng), []
-    points = []
+    reaches_edges = chart.style == "line" and rng.random() < 0.4
+    half, points = pitch * rng.uniform(0.28, 0.42), []
     for index, (month, value) in enumerate(zip(chart.months, chart.values, strict=True)):
         x, y = left + pitch * (index + 0.5), bottom - value * unit
+        if reaches_edges:
+            x = left + (right - left - 6) * index / (len(chart.months) - 1)
         points.append((x, y))
         if chart.style == "bar":
-            half = pitch * 0.33
             canvas.box(x - half, y, x + half, bottom, colour if rng.random() < 0.85 else vivid(rng))
-        canvas.text(x, bottom + 8, month, name, 10, ink)
+        canvas.text(x, bottom + 8, month, name, month_px, ink)
         number = y - 8 if chart.is_labelled else y
         marks.append(Mark(f"value {value}", max(number, 6), x))
         marks.append(Mark(f"month {month}", bottom + 8, x))
     if chart.style == "line":
-        canvas.line(points, colour, 1.5)
+        canvas.line(points, colour, rng.uniform(0.8, 2.0))
+    radius, lift = rng.uniform(1.5, 3.0), rng.uniform(6, 9)
     for (x, y), value in zip(points, chart.values, strict=True):
         if chart.style == "line":
-            canvas.ellipse(x, y, 2.5, 2.5, colour)
+            canvas.ellipse(x, y, radius, radius, colour)
         if chart.is_labelled:
-            canvas.text(x, y - 8, str(value), name, 11, ink)
+            canvas.text(x, y - lift, str(value), name, number_px, ink)
     return noisy(rng, canvas.pixels(), 3.0), tuple(marks)

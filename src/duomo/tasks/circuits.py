@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from duomo.tasks.drawing import Canvas, noisy, tint
+from duomo.tasks.drawing import Canvas, Tint, noisy, tint
 from duomo.tasks.pools import Pools
 from duomo.tasks.scene import Example, Language, Mark, Pixels, Turn, any_language, pick, split_of
 
@@ -118,51 +118,65 @@ def reduce_aloud(circuit: Circuit, language: Language) -> tuple[str, str]:
 
 
 def draw(rng: np.random.Generator, circuit: Circuit, name: str) -> tuple[Pixels, tuple[Mark, ...]]:
-    """Left to right: groups in series, branches above each other."""
+    """Left to right: groups in series, branches above each other; sizes and strokes differ each time."""
     height, width = CANVAS_PX
-    ink = tint(rng, 5, 60)
-    canvas, marks = Canvas(height, width, tint(rng, 232, 255)), []
-    middle, left, gap = height / 2 + rng.uniform(-6, 6), 8.0, rng.uniform(25, 29)
-    pitch = (width - 2 * left) / len(circuit.groups)
-    is_zigzag, size = bool(rng.random() < 0.4), int(rng.integers(9, 12))
+    is_plain = rng.random() < 0.25  # black on white, as programs draw
+    ink, paper = (tint(rng, 0, 12), (255, 255, 255)) if is_plain else (tint(rng, 5, 60), tint(rng, 232, 255))
+    pen, marks = _Pen(Canvas(height, width, paper), ink, rng.uniform(0.8, 1.8), bool(rng.random() < 0.5)), []
+    num_groups = len(circuit.groups)
+    left = rng.uniform(5, 12 + 30 / num_groups)
+    pitch = (width - 2 * left) / num_groups
+    size = int(rng.integers(9, max(10, min(15, int(pitch / 3.3) + 1))))
+    middle, gap = height / 2 + rng.uniform(-4, 6), rng.uniform(24, 44 - size)
+    longest, lift = rng.uniform(10, 17), 6 + 0.5 * size + rng.uniform(0, 2)
     is_bridge = circuit.shape == "bridge"
     for index, group in enumerate(circuit.groups):
         start, end = left + pitch * index, left + pitch * (index + 1)
-        x, reach = (start + end) / 2, min(13.0, pitch * 0.28)
+        x, reach = (start + end) / 2, min(longest, pitch * 0.3)
         # The middles of a bridge stay apart: its branches run on to the next group's.
         joins_left, joins_right = not (is_bridge and index == 1), not (is_bridge and index == 0)
         for place, number in enumerate(group):
             y = middle + (2 * place - 1) * gap if len(group) == 2 else middle
             wire = [(start + 4, middle)] if joins_left else []
-            canvas.line([*wire, (start + (4 if joins_left else 0), y), (x - reach, y)], ink)
+            pen.line([*wire, (start + (4 if joins_left else 0), y), (x - reach, y)])
             wire = [(end - 4, middle)] if joins_right else []
-            canvas.line([(x + reach, y), (end - (4 if joins_right else 0), y), *wire], ink)
-            _resistor(canvas, x, y, reach, is_zigzag, ink)
+            pen.line([(x + reach, y), (end - (4 if joins_right else 0), y), *wire])
+            pen.resistor(x, y, reach)
             value = circuit.ohms[number - 1]
-            canvas.text(x, y - 12, f"R{number} {value}", name, size, ink)
-            marks.append(Mark(f"ohms {value}", y - 12, x))
+            pen.canvas.text(x, y - lift, f"R{number} {value}", name, size, ink)
+            marks.append(Mark(f"ohms {value}", y - lift, x))
         for side, end_x in ((start, start + 4), (end - 4, end)):
             if joins_left if side == start else joins_right:
-                canvas.line([(side, middle), (end_x, middle)], ink)
+                pen.line([(side, middle), (end_x, middle)])
     if is_bridge:
-        x = width / 2
-        canvas.line([(x, middle - gap), (x, middle - 9)], ink)
-        canvas.box(x - 4, middle - 9, x + 4, middle + 9, None, ink)
-        canvas.line([(x, middle + 9), (x, middle + gap)], ink)
-        canvas.text(x + 22, middle, f"R5 {circuit.ohms[4]}", name, size, ink)
-        marks.append(Mark(f"ohms {circuit.ohms[4]}", middle, x + 22))
+        x, beside = width / 2, (1 if rng.random() < 0.5 else -1) * (7 + 1.5 * size)
+        pen.line([(x, middle - gap), (x, middle - 9)])
+        pen.resistor(x, middle, 9.0, is_upright=True)
+        pen.line([(x, middle + 9), (x, middle + gap)])
+        pen.canvas.text(x + beside, middle, f"R5 {circuit.ohms[4]}", name, size, ink)
+        marks.append(Mark(f"ohms {circuit.ohms[4]}", middle, x + beside))
     for x in (left, width - left):
-        canvas.ellipse(x, middle, 2.5, 2.5, ink)
-    return noisy(rng, canvas.pixels(), 3.0), tuple(marks)
+        pen.canvas.ellipse(x, middle, 2.5, 2.5, ink)
+    return noisy(rng, pen.canvas.pixels(), 3.0), tuple(marks)
 
 
-def _resistor(
-    canvas: Canvas, x: float, y: float, reach: float, is_zigzag: bool, ink: tuple[int, ...]
-) -> None:
-    if not is_zigzag:
-        canvas.box(x - reach, y - 4, x + reach, y + 4, None, ink)
-        return
-    points = [(x - reach, y)]
-    for step in range(6):
-        points.append((x - reach + (step + 0.5) * reach / 3, y + (4 if step % 2 else -4)))
-    canvas.line([*points, (x + reach, y)], ink)
+@dataclass(frozen=True, slots=True)
+class _Pen:
+    """Draws wires and resistors of one circuit alike."""
+
+    canvas: Canvas
+    ink: Tint
+    width_px: float
+    is_zigzag: bool
+
+    def line(self, points: list[tuple[float, float]]) -> None:
+        self.canvas.line(points, self.ink, self.width_px)
+
+    def resistor(self, x: float, y: float, reach: float, is_upright: bool = False) -> None:
+        if self.is_zigzag:
+            steps = [((step + 0.5) / 3 - 1, -1 if step % 2 == 0 else 1) for step in range(6)]
+            outline = [(-1.0, 0), *steps, (1.0, 0)]
+        else:
+            outline = [(-1.0, -1), (1.0, -1), (1.0, 1), (-1.0, 1), (-1.0, -1)]
+        along = [(u * reach, v * 4.0) for u, v in outline]
+        self.line([(x + v, y + u) if is_upright else (x + u, y + v) for u, v in along])

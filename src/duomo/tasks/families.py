@@ -53,9 +53,15 @@ TRADES: Mapping[str, Generate] = MappingProxyType(
     }
 )
 
-# The same scenes with as many questions of one place each as are asked for.
+# The same scenes with more questions: of one place each, of one step each, or by another rule.
 LOOKUPS: Mapping[str, Callable[[np.random.Generator, Pools, int], Example]] = MappingProxyType(
-    {"charts": charts.generate, "places": places.generate, "circuits": circuits.generate}
+    {
+        "charts": charts.generate,
+        "places": places.generate,
+        "circuits": circuits.generate,
+        "meters": meters.generate,
+        "surface": surface.generate,
+    }
 )
 
 # What may be centred in a cell, for the dense stage: every label that a generator marks.

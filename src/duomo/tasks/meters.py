@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import TypeAlias
 
 import numpy as np
 
@@ -27,20 +29,44 @@ IN_THE_RED = {
     "en": ("Is the needle in the red?", "Does the needle stand in the red zone?"),
     "zh": ("指针在红色区域吗？", "指针进入红区了吗？"),
 }
+CHARACTER = {
+    "en": ("What is character {n} of the code?", "Which character stands at place {n}?"),
+    "zh": ("编码的第{n}个字符是什么？", "第{n}个字符是什么？"),
+}
+TENTHS = {
+    "en": ("Which digit stands after the point?", "How many tenths does the display show?"),
+    "zh": ("小数点后是几？", "显示屏的十分位是几？"),
+}
+LARGEST_MARK = {
+    "en": ("What is the highest number on the dial?", "Where does the scale end?"),
+    "zh": ("刻度盘上最大的数是多少？", "刻度到多少为止？"),
+}
+ONE_OF_TWO = {
+    "en": ("What does the {p} display show?", "Read the {p} meter."),
+    "zh": ("{p}的显示屏显示多少？", "读出{p}仪表的数值。"),
+}
+POSITIONS = {"en": ("upper", "lower"), "zh": ("上面", "下面")}
 DIFFERENCE = {
     "en": ("What is the difference of the two readings?", "By how much do the readings differ?"),
     "zh": ("两个读数相差多少？", "两个读数的差是多少？"),
 }
+Asked: TypeAlias = tuple[Example, tuple[Turn, ...]]  # and questions of the steps that lead to its answers
 SEGMENTS = ("abcdef", "bc", "abdeg", "abcdg", "bcfg", "acdfg", "acdefg", "abc", "abcdefg", "abcdfg")
 
 
-def generate(rng: np.random.Generator, pools: Pools) -> Example:
-    """A label, a display, a dial or two displays of the pools' split."""
-    make = (_label, _display, _dial, _two)[int(rng.choice(4, p=(0.35, 0.25, 0.2, 0.2)))]
-    return make(rng, pools)
+def generate(rng: np.random.Generator, pools: Pools, num_lookups: int = 1) -> Example:
+    """A label, a display, a dial or two displays of the pools' split.
+
+    With more than one look-up also questions of single steps: a character, tenths, the end of a scale.
+    """
+    make = (_label, _display, _dial, _two)[int(rng.choice(4, p=(0.3, 0.15, 0.25, 0.3)))]
+    example, steps = make(rng, pools)
+    if num_lookups == 1:
+        return example
+    return replace(example, turns=(*example.turns, *steps))
 
 
-def _label(rng: np.random.Generator, pools: Pools) -> Example:
+def _label(rng: np.random.Generator, pools: Pools) -> Asked:
     while True:
         code = "".join(pick(rng, tuple(LETTERS)) for _ in range(int(rng.integers(2, 5))))
         if split_of(f"label {code}") == pools.split:
@@ -59,7 +85,11 @@ def _label(rng: np.random.Generator, pools: Pools) -> Example:
         canvas.text(x, y, letter, name, size, ink)
         marks.append(Mark(f"letter {letter}", y, x))
     turns = tuple(Turn(pick(rng, TEXT[any_language(rng)]), code, kind="meters/read text") for _ in range(2))
-    return Example(turns, f"label {code}", noisy(rng, canvas.pixels()), tuple(marks))
+    steps = []
+    for place in rng.choice(len(code), size=2, replace=False):
+        asked = pick(rng, CHARACTER[any_language(rng)]).format(n=place + 1)
+        steps.append(Turn(asked, code[int(place)], kind="meters/one character"))
+    return Example(turns, f"label {code}", noisy(rng, canvas.pixels()), tuple(marks)), tuple(steps)
 
 
 def _reading(rng: np.random.Generator) -> int:
@@ -71,7 +101,7 @@ def written(tenths: int) -> str:
     return f"{tenths // 10}.{tenths % 10}"
 
 
-def _display(rng: np.random.Generator, pools: Pools) -> Example:
+def _display(rng: np.random.Generator, pools: Pools) -> Asked:
     while True:
         tenths = _reading(rng)
         if split_of(f"display {tenths}") == pools.split:
@@ -81,10 +111,11 @@ def _display(rng: np.random.Generator, pools: Pools) -> Example:
         Turn(pick(rng, DISPLAY[any_language(rng)]), written(tenths), kind="meters/read display")
         for _ in range(2)
     )
-    return Example(turns, f"display {tenths}", picture, marks)
+    step = Turn(pick(rng, TENTHS[any_language(rng)]), str(tenths % 10), kind="meters/tenths")
+    return Example(turns, f"display {tenths}", picture, marks), (step,)
 
 
-def _two(rng: np.random.Generator, pools: Pools) -> Example:
+def _two(rng: np.random.Generator, pools: Pools) -> Asked:
     while True:
         difference = int(rng.integers(1, 100))  # the answer first
         low = int(rng.integers(0, 300))
@@ -102,7 +133,12 @@ def _two(rng: np.random.Generator, pools: Pools) -> Example:
         said = f"The readings are {listed}. {step}." if language == "en" else f"读数是{listed}。{step}。"
         kind = "meters/difference thinking" if thinks else "meters/difference"
         turns.append(Turn(pick(rng, DIFFERENCE[language]), answer, said if thinks else None, kind))
-    return Example(tuple(turns), scene, picture, marks)
+    steps = []
+    for place, tenths in enumerate(pair):
+        language = any_language(rng)
+        question = pick(rng, ONE_OF_TWO[language]).format(p=POSITIONS[language][place])
+        steps.append(Turn(question, written(tenths), kind="meters/read one of two"))
+    return Example(tuple(turns), scene, picture, marks), tuple(steps)
 
 
 def draw_displays(
@@ -153,7 +189,7 @@ def _segments(
         canvas.line([(x + u + (tall - v) * lean, y + v) for u, v in points], ink, tall * 0.11)
 
 
-def _dial(rng: np.random.Generator, pools: Pools) -> Example:
+def _dial(rng: np.random.Generator, pools: Pools) -> Asked:
     while True:
         is_in_red, halves = bool(rng.random() < 0.5), int(rng.integers(1, 20))
         step = int(rng.integers(1, 6))
@@ -183,7 +219,8 @@ def _dial(rng: np.random.Generator, pools: Pools) -> Example:
         Turn(pick(rng, DIAL[any_language(rng)]), f"{value:g}", kind="meters/read dial"),
         Turn(pick(rng, IN_THE_RED[language]), verdict, kind="meters/in the red"),
     )
-    return Example(turns, scene, noisy(rng, canvas.pixels()), (Mark(f"needle {halves}", y, x),))
+    end = Turn(pick(rng, LARGEST_MARK[any_language(rng)]), str(10 * step), kind="meters/end of scale")
+    return Example(turns, scene, noisy(rng, canvas.pixels()), (Mark(f"needle {halves}", y, x),)), (end,)
 
 
 def _at(x: float, y: float, radius: float, halves: float) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from duomo.tasks.drawing import Canvas, Tint, noisy
 from duomo.tasks.pools import Pools
-from duomo.tasks.scene import Example, Language, Mark, Turn, any_language, pick, split_of
+from duomo.tasks.scene import Example, Language, Mark, Pixels, Turn, any_language, pick, split_of
 
 SIDE_PX = 112
 MOST = 10
@@ -103,6 +103,13 @@ def _share(rng: np.random.Generator, positive: int, total: int, thinks: bool) ->
     return Turn(pick(rng, SHARE[language]), answer, said if thinks else None, kind)
 
 
+def _varied(rng: np.random.Generator, picture: Pixels) -> Pixels:
+    """Perhaps on its side, a little lighter or darker: the training half of the slide is small."""
+    picture = np.rot90(picture) if rng.random() < 0.5 else picture
+    gain = rng.uniform(0.9, 1.06) * rng.uniform(0.97, 1.03, size=3)
+    return np.clip(picture * gain, 0, 255).astype(np.uint8)
+
+
 def _crop(rng: np.random.Generator, pools: Pools) -> Example:
     """A window of the real slide; the dominating stain is drawn first where the slide has both."""
     wants_brown = bool(rng.random() < 0.5)
@@ -116,6 +123,8 @@ def _crop(rng: np.random.Generator, pools: Pools) -> Example:
             break
     crop = Image.fromarray(pools.slide[top : top + side, left : left + side])
     picture = np.asarray(crop.resize((SIDE_PX, SIDE_PX), Image.Resampling.BILINEAR))
+    if pools.split == "train":
+        picture = _varied(rng, picture)
     if rng.random() < 0.5:
         picture = picture[:, ::-1]
     if rng.random() < 0.5:

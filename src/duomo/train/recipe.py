@@ -88,6 +88,19 @@ FINDING: Shares = (
     ("text", 0.07),
     ("instructions", 0.05),
 )
+VARIETY: Shares = (
+    ("digits", 0.24),
+    ("meters", 0.1),
+    ("charts", 0.12),
+    ("shapes", 0.04),
+    ("places", 0.1),
+    ("surface", 0.1),
+    ("nuclei", 0.05),
+    ("circuits", 0.08),
+    ("clips", 0.07),
+    ("text", 0.06),
+    ("instructions", 0.04),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +123,7 @@ class Stage:
     cell_weight: float = 0.0  # of the dense loss on a second batch of pictures, in a joint stage
     is_eased: bool = True  # boards of a dense stage are easy at first
     place_weight: float = 0.0  # in the dense loss, of where cells and what lies in them are
-    num_lookups: int = 1  # questions of one place each, behind a picture that has many
+    num_lookups: int = 1  # of `tasks.families.LOOKUPS`: questions of one place or step each
     alone: float = 0.2  # share of conversations, and of questions before their picture
     min_spacing: float = 0.72  # of a digit's size, between neighbours: at 0.72 some touch
     shares: Shares = FIRST
@@ -212,8 +225,19 @@ class Recipe:
             shares=FINDING,
             cells=LOOKING_CELLS,
         ),
+        replace(
+            _MUON,
+            name="variety",
+            num_steps=1600,
+            decay_from=0.3,
+            place_weight=0.5,
+            num_lookups=3,
+            alone=0.08,
+            shares=VARIETY,
+            cells=LOOKING_CELLS,
+        ),
     )
-    export: Shares = (("finding", 1.0),)  # weights at the ends of stages, averaged
+    export: Shares = (("variety", 1.0),)  # weights at the ends of stages, averaged
     bf16: bool = True  # products, where the processor multiplies bfloat16 (`train.precision`)
     weight_decay: float = 0.05
     clip: float = 1.0
