@@ -171,7 +171,7 @@ def reckon(chart: Chart, language: Language) -> tuple[str, str]:
 
 
 def draw(rng: np.random.Generator, chart: Chart, name: str) -> tuple[Pixels, tuple[Mark, ...]]:
-    """In a style of its own each time: the scale ends above the highest value, so heights alone don't tell."""
+    """A style of its own each time; the scale ends above the highest value, so heights do not tell."""
     height, width = CANVAS_PX
     is_plain = rng.random() < 0.25  # black on white, as programs draw
     ink, paper = (tint(rng, 0, 12), (255, 255, 255)) if is_plain else (tint(rng, 10, 70), tint(rng, 235, 255))
