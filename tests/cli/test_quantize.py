@@ -46,6 +46,7 @@ def refused(capsys, *arguments):
         (["--code", "lcc2-9"], "there are lcc2-10, lcc2-12, lcc2-14"),
         (["--tune"], "tuning needs calibration prompts"),
         (["--embeddings", "5"], "embeddings of 5 bits; there are 8 and 6"),
+        (["--attention", "6"], "attention of 6 bits; there are 4 and 8"),
         (["--threads", "-2"], "-2 threads; give 1 or more"),
         (["--calibration", "/no/such"], "/no/such does not exist"),
     ],

@@ -84,6 +84,16 @@ def test_embeddings_of_six_bits():
         build_plan("2", VL, embedding_bits=4)
 
 
+def test_attention_of_eight_bits():
+    plan = build_plan("2", VL, attention_bits=8)
+    assert plan.kind("decoder.layers.3.attention.q.weight") is Kind.INT8
+    assert plan.kind("decoder.layers.3.mlp.shared.down.weight") is Kind.FOUR
+    assert plan.kind("decoder.layers.3.mlp.text.down") is Kind.TWO
+    assert build_plan("2", VL).kind("decoder.layers.3.attention.q.weight") is Kind.FOUR
+    with pytest.raises(ConfigError, match="there are 4 and 8"):
+        build_plan("2", VL, attention_bits=6)
+
+
 def test_a_budget_goes_where_it_saves_most():
     small = {f"decoder.layers.{i}.mlp.text.down": (4, 64, 64) for i in range(3)}
     plan = build_plan("auto", VL)

@@ -110,13 +110,17 @@ def build(
     prompts: Sequence[Prompt],
     bits: str = "2",
     code: str = "lcc2-12",
-    is_six: bool = False,
+    is_quarter: bool = False,
     is_tuned: bool = False,
     num_threads: int = 2,
 ) -> dict[str, Any]:
-    """Quantizes `source` into `target`, or goes on with it; `is_six`: the tower at 6 bits."""
-    plan = build_plan(bits, load_config(source), preset(code))
-    if is_six:
+    """Quantizes `source` into `target`, or goes on with it; `is_quarter`: at most a quarter of bf16.
+
+    For that the tower, the embeddings and the head take 6 bits, which frees what attention needs for 8.
+    """
+    ends, attention = (6, 8) if is_quarter else (8, 4)
+    plan = build_plan(bits, load_config(source), preset(code), ends, attention)
+    if is_quarter:
         plan = replace(plan, tower=Kind.INT6)
 
     def tell(step: Progress) -> None:
@@ -131,7 +135,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path, default=EMBEDDED)
     parser.add_argument("--bits", default="2")
     parser.add_argument("--code", default="lcc2-12")
-    parser.add_argument("--six", action="store_true", help="the tower at 6 bits: a quarter of bf16")
+    parser.add_argument("--quarter", action="store_true", help="tower and embeddings 6 bits, attention 8")
     parser.add_argument("--tune", action="store_true", help="row scales tuned layer by layer at the end")
     parser.add_argument("--prompts", type=int, default=1200)
     parser.add_argument(
@@ -152,7 +156,7 @@ def main() -> None:
         prompts,
         given.bits,
         given.code,
-        is_six=given.six,
+        is_quarter=given.quarter,
         is_tuned=given.tune,
         num_threads=given.threads,
     )

@@ -1,9 +1,10 @@
 """Every family of the embedded model at 2 bits against bf16: `python -m duomo.bench.two_bits`.
 
-Whatever weights are shipped: they are quantized into `runs/two-bits-DIGEST` (experts at 2 bits, attention at
-4, tower at 6, embeddings at 8, scales tuned), calibrated on every family's training split, and both answer
-the same held-out questions (`duomo.evals.paired`). Nothing of it is done twice: a run that was killed goes on
-with the layer, or the block of questions, that it was in; other weights get a folder of their own.
+Whatever weights are shipped: they are quantized into `runs/two-bits-DIGEST` (experts at 2 bits, shared and
+dense ones at 4, attention at 8, tower and embeddings at 6, scales tuned), calibrated on every family's
+training split, and both answer the same held-out questions (`duomo.evals.paired`). Nothing of it is done
+twice: a run that was killed goes on with the layer, or the block of questions, that it was in; other weights
+get a folder of their own.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def quantized(source: Path, runs: Path, num_prompts: int, cache: Path, threads: 
     if not (target / "config.json").exists():  # written last
         draws = all_families(load_pools(cache, "train"))
         prompts = calibration_prompts(draws, Tokenizer.load(source), num_prompts)
-        build(source, target, prompts, is_six=True, is_tuned=True, num_threads=threads)
+        build(source, target, prompts, is_quarter=True, is_tuned=True, num_threads=threads)
     report = json.loads((target / "report.json").read_text())
     ratio = report["file_bytes"] / report["source_bytes"]
     print(f"{target}: {report['file_bytes']:,} bytes, {ratio:.4f} of bf16", flush=True)

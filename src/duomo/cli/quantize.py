@@ -23,6 +23,7 @@ def quantize(
     memory: Annotated[str, typer.Option(help="Refuse to start where one layer needs more, as 16G.")] = "",
     code: Annotated[str, typer.Option(help="The 2-bit code: lcc2-10, lcc2-12 or lcc2-14.")] = "lcc2-12",
     embeddings: Annotated[int, typer.Option(help="Bits of embeddings and head: 8 or 6.")] = 8,
+    attention: Annotated[int, typer.Option(help="Bits of attention: 4 or 8.")] = 4,
     tune: Annotated[
         bool, typer.Option(help="Tune each layer's scales and norms; needs calibration.")
     ] = False,
@@ -50,7 +51,7 @@ def quantize(
     config = load_config(source)
     if is_quantized(source):
         raise CheckpointError(f"{source} is quantized already; give the checkpoint it was made from")
-    plan = build_plan(bits, config, preset(code), embeddings)
+    plan = build_plan(bits, config, preset(code), embeddings, attention)
     prompts = read_prompts(calibration, Tokenizer.load(source), config) if calibration else []
     if memory:
         check_memory(config, sum(len(prompt.ids) for prompt in prompts), memory_bytes)

@@ -2,8 +2,8 @@
 
 Presets: `2` puts routed experts at 2 bits, `2.3` the first and last expert layers at 4 (but the last one's
 vision experts, which no text token hears), `4` all of them. In all of them attention, shared experts and
-dense layers take 4 bits, embeddings, head, tower and resampler 8 (embeddings and head 6 where that is asked
-for), norms, biases and routers float32. `auto` starts from `2` and raises banks of experts to 4 bits, the
+dense layers take 4 bits, embeddings, head, tower and resampler 8 (embeddings and head 6, attention 8 where
+that is asked for), norms, biases and routers float32. `auto` starts from `2` and raises banks of experts to 4 bits, the
 most KL saved per byte first, until a budget of bytes is spent. A shape the trellis cannot hold is stored at
 8 bits.
 """
@@ -30,7 +30,8 @@ class Kind(Enum):
 
 
 _BANK = re.compile(r"decoder\.layers\.(\d+)\.mlp\.(text|vision)\.(gate_up|down)$")
-_FOUR = re.compile(r"decoder\.layers\.\d+\.(attention\.[qkvo]|mlp\.(shared\.)?(gate|up|down))\.weight$")
+_ATTENTION = re.compile(r"decoder\.layers\.\d+\.attention\.[qkvo]\.weight$")
+_DENSE = re.compile(r"decoder\.layers\.\d+\.mlp\.(shared\.)?(gate|up|down)\.weight$")
 _LINEAR = re.compile(r"(vision_tower|resampler)\..*(patch_embed|qkv|out|fc1|fc2|project)\.weight$")
 PRESETS = ("2", "2.3", "4", "auto")
 
@@ -42,7 +43,8 @@ class BitPlan:
     name: str = "2"
     raised: frozenset[str] = frozenset()
     embedding: Kind = Kind.INT8
-    other: Kind = Kind.FOUR
+    attention: Kind = Kind.FOUR
+    dense: Kind = Kind.FOUR
     tower: Kind = Kind.INT8
     two: TrellisCode = LCC2_12
     four: TrellisCode = LCC4_12
@@ -53,8 +55,10 @@ class BitPlan:
             return Kind.FOUR if f"{bank[1]}.{bank[2]}" in self.raised else Kind.TWO
         if name in ("embed.weight", "head.weight"):
             return self.embedding
-        if _FOUR.match(name):
-            return self.other
+        if _ATTENTION.match(name):
+            return self.attention
+        if _DENSE.match(name):
+            return self.dense
         return self.tower if _LINEAR.match(name) else Kind.PLAIN
 
     def kind_for(self, name: str, shape: tuple[int, ...]) -> Kind:
@@ -76,14 +80,22 @@ class BitPlan:
 
 
 def build_plan(
-    bits: str, config: ModelConfig, two: TrellisCode = LCC2_12, embedding_bits: int = 8
+    bits: str,
+    config: ModelConfig,
+    two: TrellisCode = LCC2_12,
+    embedding_bits: int = 8,
+    attention_bits: int = 4,
 ) -> BitPlan:
     """The preset of that name; `auto` begins as `2`. `embedding_bits` are of embeddings and head, 8 or 6.
+
+    `attention_bits` are 4 or 8.
 
     ConfigError for any other, or a code not of 2 bits.
     """
     if embedding_bits not in (8, 6):
         raise ConfigError(f"embeddings of {embedding_bits} bits; there are 8 and 6", bits=embedding_bits)
+    if attention_bits not in (4, 8):
+        raise ConfigError(f"attention of {attention_bits} bits; there are 4 and 8", bits=attention_bits)
     if two.bits != 2:
         raise ConfigError(f"{two.name} is a code of {two.bits} bits; the 2-bit codes are named lcc2-*")
     layers = [index for index, has_experts in enumerate(config.expert_layers) if has_experts]
@@ -94,7 +106,8 @@ def build_plan(
     if bits == "2.3" and layers:
         banks.discard(f"{layers[-1]}.vision")  # its output reaches no text token
     embedding = Kind.INT8 if embedding_bits == 8 else Kind.INT6
-    return BitPlan(bits, frozenset(banks), embedding, two=two)
+    attention = Kind.FOUR if attention_bits == 4 else Kind.INT8
+    return BitPlan(bits, frozenset(banks), embedding, attention, two=two)
 
 
 def raise_banks(

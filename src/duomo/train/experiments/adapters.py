@@ -73,7 +73,11 @@ def digest(folder: Path) -> str:
 
 def packed_base(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
-        quantize(EMBEDDED, folder, replace(build_plan("2", load_config(EMBEDDED)), name="2", other=Kind.TWO))
+        quantize(
+            EMBEDDED,
+            folder,
+            replace(build_plan("2", load_config(EMBEDDED)), name="2", attention=Kind.TWO, dense=Kind.TWO),
+        )
         copy_companions(EMBEDDED, folder)
     return folder
 
