@@ -2,10 +2,10 @@
 
 Presets: `2` puts routed experts at 2 bits, `2.3` the first and last expert layers at 4 (but the last one's
 vision experts, which no text token hears), `4` all of them. In all of them attention, shared experts and
-dense layers take 4 bits, embeddings, head, tower and resampler 8 (embeddings and head 6, attention 8 where
-that is asked for), norms, biases and routers float32. `auto` starts from `2` and raises banks of experts to 4 bits, the
-most KL saved per byte first, until a budget of bytes is spent. A shape the trellis cannot hold is stored at
-8 bits.
+dense layers take 4 bits, embeddings, head, tower and resampler 8, norms, biases and routers float32; where
+that is asked for, embeddings and head take 6 and attention 8. `auto` starts from `2` and raises banks of
+experts to 4 bits, the most KL saved per byte first, until a budget of bytes is spent. A shape the trellis
+cannot hold is stored at 8 bits.
 """
 
 from __future__ import annotations
