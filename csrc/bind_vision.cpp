@@ -162,6 +162,52 @@ void run_whole(const Tower<Dense>& self, Address patches, Address cos, Address s
     run_tower(self.stack, self.ends, at<float>(patches), at<float>(cos), at<float>(sin), view(lengths), at<float>(out));
 }
 
+// A plain resampler, and the Python objects it points into.
+struct PlainResampler {
+    Resampler own;
+    std::vector<nb::object> kept;
+
+    const DenseBank* bank(nb::handle object, int64_t columns) {
+        const DenseBank& bank = nb::cast<const Dense&>(object).bank;
+        if (bank.count != 1 || bank.columns != columns)
+            throw nb::value_error("the resampler's matrices do not fit one another");
+        kept.push_back(nb::borrow(object));
+        return &bank;
+    }
+
+    // `parts` are fc1, fc2 and the norm.
+    VisionMerge merge(nb::tuple parts, int64_t columns) {
+        const DenseBank* fc1 = bank(parts[0], columns);
+        const DenseBank* fc2 = bank(parts[1], fc1->rows);
+        if (fc1->rows % 16 || fc2->rows % 16) throw nb::value_error("a resampler's rows are whole vectors");
+        kept.push_back(nb::borrow(parts[2]));
+        return {fc1, fc2, nb::cast<const Norm&>(parts[2]).view(fc2->rows)};
+    }
+};
+
+void make_resampler(PlainResampler* self, nb::tuple spatial, nb::tuple temporal, nb::handle project, Array<float> norm,
+                    float eps) {
+    auto* made = new (self) PlainResampler{};
+    made->own.spatial = made->merge(spatial, columns_of(nb::cast<const Dense&>(spatial[0]).bank));
+    made->own.temporal = made->merge(temporal, 2 * made->own.spatial.fc2->rows);
+    made->own.project = made->bank(project, made->own.temporal.fc2->rows);
+    if (int64_t(norm.size()) != made->own.project->rows) throw nb::value_error("a norm has one weight a column");
+    made->own.norm = norm.data();
+    made->own.norm_eps = eps;
+    made->kept.push_back(nb::cast(norm));
+}
+
+void resample(const PlainResampler& self, Address blocks, int64_t num_blocks, Array<int64_t> earlier,
+              Array<int64_t> later, Address out) {
+    if (earlier.size() != later.size()) throw nb::value_error("a token is of two blocks");
+    for (const auto& index : {earlier, later})
+        for (size_t i = 0; i < index.size(); ++i)
+            if (index.data()[i] < 0 || index.data()[i] >= num_blocks) throw nb::value_error("there is no such block");
+    nb::gil_scoped_release release;
+    run_resampler(self.own, at<float>(blocks), num_blocks, earlier.data(), later.data(), int64_t(earlier.size()),
+                  at<float>(out));
+}
+
 template <class Stored>
 nb::class_<Tower<Stored>> bind_one(nb::module_& m, const char* block, const char* tower) {
     nb::class_<Block<Stored>>(m, block, "A block's weights.")
@@ -186,4 +232,8 @@ void bind_vision(nb::module_& m) {
     bind_one<Dense>(m, "DenseVisionBlock", "DenseTower")
         .def("set_ends", &set_ends, nb::arg("embed"), nb::arg("norm"))
         .def("run", &run_whole);
+    nb::class_<PlainResampler>(m, "DenseResampler", "A plain resampler as one call.")
+        .def("__init__", &make_resampler, nb::arg("spatial"), nb::arg("temporal"), nb::arg("project"), nb::arg("norm"),
+             nb::arg("eps"))
+        .def("run", &resample);
 }

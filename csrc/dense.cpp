@@ -20,6 +20,15 @@ int64_t item_rows(const DenseProduct& p) {
     return p.form == DenseForm::rounded && p.tokens >= kItemTokens ? kRoundedRows : kItemRows;
 }
 
+// Tokens of an item: where there are few items, as many pieces as end together on all threads.
+int64_t item_tokens(const DenseProduct& p) {
+    const int64_t threads = num_threads(), across = (p.rows + item_rows(p) - 1) / item_rows(p);
+    const int64_t items = across * ((p.tokens + kItemTokens - 1) / kItemTokens);
+    if (p.tokens <= 4 || items >= 4 * threads) return kItemTokens;
+    const int64_t even = (items + threads - 1) / threads * threads, pieces = (even + across - 1) / across;
+    return (p.tokens + 4 * pieces - 1) / (4 * pieces) * 4;  // whole tiles of four
+}
+
 float* grown(std::vector<float>& memory, int64_t count) {
     if (int64_t(memory.size()) < count) memory.resize(size_t(count));
     return memory.data();
@@ -48,7 +57,7 @@ DenseProduct product(const DenseBank& bank, const float* x, int64_t tokens, floa
 // silu(gate) * up of `count` rows: gate rows are `stride` apart, up rows `gap` after them.
 float* fill_middle(Workspace& work, int64_t count, int64_t size, int64_t stride, int64_t gap) {
     float* middle = grown(work.middle, count * size);
-    parallel(count, [&](int64_t i) {
+    parallel_rows(count, [&](int64_t i) {
         const float* gate = work.first.data() + i * stride;
         rotate_kernels().swiglu(gate, gate + gap, size, middle + i * size);
     });
@@ -79,25 +88,29 @@ void pack_panels(const float* weight, int64_t count, int64_t rows, int64_t colum
 }
 
 void multiply_each(const DenseProduct* products, int64_t count) {
-    static thread_local std::vector<int64_t> begins;  // the first item of each product
-    begins.clear();
-    int64_t items = 0;
-    const auto row_items = [&](int64_t i) {
-        return (products[i].rows + item_rows(products[i]) - 1) / item_rows(products[i]);
+    struct Cut {
+        int64_t begin, across, tokens;  // the first item of a product, items across its rows, tokens of each
     };
+    static thread_local std::vector<Cut> memory;
+    memory.clear();
+    int64_t items = 0;
     for (int64_t i = 0; i < count; ++i) {
-        begins.push_back(items);
-        items += row_items(i) * ((products[i].tokens + kItemTokens - 1) / kItemTokens);
+        const DenseProduct& own = products[i];
+        const int64_t across = (own.rows + item_rows(own) - 1) / item_rows(own), tokens = item_tokens(own);
+        memory.push_back({items, across, tokens});
+        items += across * ((own.tokens + tokens - 1) / tokens);
     }
-    const std::vector<int64_t>& begin = begins;
+    const std::vector<Cut>& cuts = memory;
     const DenseKernels& kernels = dense_kernels();
     parallel(items, [&](int64_t item) {
-        const int64_t i = std::upper_bound(begin.begin(), begin.end(), item) - begin.begin() - 1;
+        const auto after = [](int64_t wanted, const Cut& cut) { return wanted < cut.begin; };
+        const int64_t i = std::upper_bound(cuts.begin(), cuts.end(), item, after) - cuts.begin() - 1;
         const DenseProduct& own = products[i];
-        const int64_t row = (item - begin[size_t(i)]) % row_items(i) * item_rows(own);
-        const int64_t token = (item - begin[size_t(i)]) / row_items(i) * kItemTokens;
+        const Cut& cut = cuts[size_t(i)];
+        const int64_t row = (item - cut.begin) % cut.across * item_rows(own);
+        const int64_t token = (item - cut.begin) / cut.across * cut.tokens;
         const auto multiply = own.form == DenseForm::borrowed ? kernels.multiply : kernels.multiply_panels;
-        multiply(own, row, std::min(own.rows, row + item_rows(own)), token, std::min(own.tokens, token + kItemTokens));
+        multiply(own, row, std::min(own.rows, row + item_rows(own)), token, std::min(own.tokens, token + cut.tokens));
     });
 }
 

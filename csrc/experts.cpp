@@ -81,7 +81,7 @@ void fill_middle(const TrellisBank& down, int64_t count, int64_t stride, int64_t
     const int64_t size = down.columns;
     float* middle = grown(work.swiglu, count * size);
     work.middle.reserve(count, size, down.block);
-    parallel(count, [&](int64_t i) {
+    parallel_rows(count, [&](int64_t i) {
         const float* gate = work.first.data() + i * stride;
         rotate_kernels().swiglu(gate, gate + gap, size, middle + i * size);
         work.middle.set(i, middle + i * size, down.signs_or_null(), size, down.block);
@@ -197,7 +197,7 @@ void route(const float* x, const float* router, const float* bias, int64_t token
     float* biased = logits + tokens * num_experts;
     const RotateKernels& kernels = rotate_kernels();
     const int64_t slices = 4, slice = (num_experts + slices - 1) / slices;
-    parallel(tokens * slices, [&](int64_t item) {
+    parallel_rows(tokens * slices, [&](int64_t item) {
         const int64_t t = item / slices, first = item % slices * slice;
         for (int64_t e = first; e < std::min(num_experts, first + slice); ++e)
             logits[t * num_experts + e] = kernels.dot(x + t * width, router + e * width, width);

@@ -32,7 +32,7 @@ void Pairs::sort(const int64_t* expert_ids, int64_t tokens, int64_t chosen, int6
 
 void Pairs::combine(const float* terms, const float* weights, int64_t tokens, int64_t chosen, int64_t width,
                     float* out, int64_t stride) const {
-    parallel(tokens, [&](int64_t t) {
+    parallel_rows(tokens, [&](int64_t t) {
         std::fill_n(out + t * stride, width, 0.0f);
         for (int64_t k = 0; k < chosen; ++k)
             rotate_kernels().add_scaled(terms + place[size_t(t * chosen + k)] * width, weights[t * chosen + k], width,

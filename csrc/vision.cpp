@@ -6,6 +6,7 @@
 
 #include "cpu.hpp"
 #include "pool.hpp"
+#include "rotate.hpp"
 
 namespace duomo {
 namespace {
@@ -30,9 +31,13 @@ void multiply(VisionScratch& scratch, const float* x, int64_t rows, const IntRow
     linear(matrix, scratch.activations.fill(x, own.signs_or_null(), rows, matrix.columns, matrix.block), y);
 }
 
-void multiply(VisionScratch&, const float* x, int64_t rows, const DenseBank& matrix, float* y) {
+void multiply(const float* x, int64_t rows, const DenseBank& matrix, float* y) {
     const DenseProduct product = product_of(matrix, 0, x, nullptr, rows, y);
     multiply_each(&product, 1);
+}
+
+void multiply(VisionScratch&, const float* x, int64_t rows, const DenseBank& matrix, float* y) {
+    multiply(x, rows, matrix, y);
 }
 
 int64_t rows_of(const IntRows& own) { return own.matrix.rows; }
@@ -49,7 +54,7 @@ const FrameKernels<Element>& frame_kernels() {
 }
 
 void norm_rows(const float* x, int64_t rows, int64_t width, const VisionNorm& norm, float* out) {
-    parallel(rows, [&](int64_t t) {
+    parallel_rows(rows, [&](int64_t t) {
         vision_kernels().layernorm(x + t * width, norm.weight, norm.bias, norm.eps, width, out + t * width);
     });
 }
@@ -73,7 +78,7 @@ void add_product(VisionScratch& scratch, const float* x, int64_t rows, const Vis
     const int64_t width = rows_of(*layer.matrix);
     float* product = grown(scratch.normed, rows * width);
     multiply(scratch, x, rows, *layer.matrix, product);
-    parallel(rows, [&](int64_t t) {
+    parallel_rows(rows, [&](int64_t t) {
         vision_kernels().add_residual(product + t * width, layer.bias, width, hidden + t * width);
     });
 }
@@ -81,6 +86,16 @@ void add_product(VisionScratch& scratch, const float* x, int64_t rows, const Vis
 template <class Body>
 void in_chunks(int64_t patches, Body&& body) {
     for (int64_t first = 0; first < patches; first += kChunk) body(first, std::min(kChunk, patches - first));
+}
+
+// A stage of the resampler for a chunk.
+void merge(const VisionMerge& own, const float* x, int64_t rows, std::vector<float>& memory, float* out) {
+    const int64_t size = own.fc1->rows, width = own.fc2->rows;
+    float* wide = grown(memory, rows * size);
+    multiply(x, rows, *own.fc1, wide);
+    parallel_rows(rows, [&](int64_t t) { vision_kernels().gelu(size, wide + t * size); });
+    multiply(wide, rows, *own.fc2, out);
+    norm_rows(out, rows, width, own.norm, out);
 }
 
 int64_t total(const Frames& frames) {
@@ -97,7 +112,7 @@ void attend_block(VisionScratch& scratch, FrameAttention<Element>& own, float* h
     const float* bias = block.qkv.bias;
     in_chunks(patches, [&](int64_t first, int64_t rows) {
         const float* wide = norm_multiply(scratch, hidden + first * width, rows, block.norm1, block.qkv);
-        parallel(rows, [&](int64_t t) {
+        parallel_rows(rows, [&](int64_t t) {
             const float *x = wide + t * 3 * width, *c = cos + (first + t) * half, *s = sin + (first + t) * half;
             own.place_query(first + t, x, bias, c, s);
             own.place_key(first + t, x + width, bias + width, c, s);
@@ -117,7 +132,7 @@ void attend_frames(const float* query, const float* key, const float* value, con
     FrameAttention<Element> own;
     own.lay_out(frames, heads);
     const int64_t width = heads.count * heads.head_dim;
-    parallel(total(frames), [&](int64_t p) {
+    parallel_rows(total(frames), [&](int64_t p) {
         own.place_query(p, query + p * width, nullptr, nullptr, nullptr);
         own.place_key(p, key + p * width, nullptr, nullptr, nullptr);
         own.place_value(p, value + p * width, nullptr);
@@ -259,7 +274,7 @@ void vision_mlp(VisionScratch& scratch, float* hidden, int64_t patches, const Vi
     const int64_t width = columns_of(*block.fc1.matrix), size = rows_of(*block.fc1.matrix);
     in_chunks(patches, [&](int64_t first, int64_t rows) {
         float* wide = norm_multiply(scratch, hidden + first * width, rows, block.norm2, block.fc1);
-        parallel(rows, [&](int64_t t) { vision_kernels().add_gelu(block.fc1.bias, size, wide + t * size); });
+        parallel_rows(rows, [&](int64_t t) { vision_kernels().add_gelu(block.fc1.bias, size, wide + t * size); });
         add_product(scratch, wide, rows, block.fc2, hidden + first * width);
     });
 }
@@ -276,10 +291,32 @@ void run_blocks(const VisionStack<Matrix>& stack, float* hidden, const float* co
 
 void run_tower(const VisionStack<DenseBank>& stack, const VisionEnds& ends, const float* patches, const float* cos,
                const float* sin, const Frames& frames, float* out) {
-    const DenseProduct product = product_of(*ends.embed, 0, patches, nullptr, total(frames), out);
-    multiply_each(&product, 1);
+    multiply(patches, total(frames), *ends.embed, out);
     run_blocks(stack, out, cos, sin, frames);
     norm_rows(out, total(frames), ends.embed->rows, ends.norm, out);
+}
+
+void run_resampler(const Resampler& own, const float* blocks, int64_t num_blocks, const int64_t* earlier,
+                   const int64_t* later, int64_t tokens, float* out) {
+    const int64_t width = own.spatial.fc2->rows;
+    std::vector<float> wide, merged(size_t(num_blocks * width)), pairs, joined;
+    in_chunks(num_blocks, [&](int64_t first, int64_t rows) {
+        merge(own.spatial, blocks + first * own.spatial.fc1->columns, rows, wide, merged.data() + first * width);
+    });
+    in_chunks(tokens, [&](int64_t first, int64_t rows) {
+        float *pair = grown(pairs, rows * 2 * width), *middle = grown(joined, rows * own.temporal.fc2->rows);
+        float* token = out + first * own.project->rows;
+        parallel_rows(rows, [&](int64_t t) {
+            std::copy_n(merged.data() + earlier[first + t] * width, width, pair + 2 * t * width);
+            std::copy_n(merged.data() + later[first + t] * width, width, pair + (2 * t + 1) * width);
+        });
+        merge(own.temporal, pair, rows, wide, middle);
+        multiply(middle, rows, *own.project, token);
+        parallel_rows(rows, [&](int64_t t) {
+            float* row = token + t * own.project->rows;
+            rotate_kernels().rmsnorm(row, own.norm, own.norm_eps, own.project->rows, row);
+        });
+    });
 }
 
 template void vision_attention(VisionScratch&, float*, const VisionBlock<IntRows>&, const float*, const float*,

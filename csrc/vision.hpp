@@ -45,6 +45,8 @@ struct VisionKernels {
     void (*layernorm)(const float* x, const float* weight, const float* bias, float eps, int64_t count, float* out);
     // x = quick_gelu(x + bias), which is y * sigmoid(1.702 y).
     void (*add_gelu)(const float* bias, int64_t count, float* x);
+    // x = gelu(x), the one with erf
+    void (*gelu)(int64_t count, float* x);
     // sum += x + bias
     void (*add_residual)(const float* x, const float* bias, int64_t count, float* sum);
     FrameKernels<uint16_t> rounded;
@@ -94,6 +96,20 @@ struct VisionStack {
 struct VisionEnds {
     const DenseBank* embed = nullptr;  // [C][X]
     VisionNorm norm{};
+};
+
+// One stage of a resampler: linear, gelu, linear, norm. Its matrices have their biases.
+struct VisionMerge {
+    const DenseBank *fc1, *fc2;
+    VisionNorm norm;
+};
+
+// A plain resampler: neighbours of one frame, then those of two frames, then the width of the language model.
+struct Resampler {
+    VisionMerge spatial, temporal;
+    const DenseBank* project;
+    const float* norm;  // an RMSNorm's
+    float norm_eps;
 };
 
 // Queries, keys and values of all patches, and attention among those of a frame.
@@ -147,5 +163,10 @@ void run_blocks(const VisionStack<Matrix>&, float* hidden, const float* cos, con
 // Patches [P][X] through the embedding, all blocks and the last norm: out[P][C].
 void run_tower(const VisionStack<DenseBank>&, const VisionEnds&, const float* patches, const float* cos,
                const float* sin, const Frames&, float* out);
+
+// blocks[B][X], each the tower's rows of neighbouring patches -> out[tokens][D]: token t is of blocks earlier[t] and
+// later[t].
+void run_resampler(const Resampler&, const float* blocks, int64_t num_blocks, const int64_t* earlier,
+                   const int64_t* later, int64_t tokens, float* out);
 
 }  // namespace duomo

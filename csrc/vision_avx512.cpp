@@ -149,6 +149,7 @@ void gather_fast(const uint16_t* weights, int64_t stride, const float* factor, i
 
 constexpr duomo::VisionKernels kernels = {layernorm,
                                           add_gelu,
+                                          gelu,
                                           add_residual,
                                           {narrow, score_fast, soften_fast, gather_fast},
                                           {narrow, score, soften, gather}};

@@ -58,6 +58,20 @@ void add_gelu(const float* bias, int64_t count, float* x) {
     }
 }
 
+// x (1 + erf(x / sqrt 2)) / 2 with erf by Abramowitz and Stegun 7.1.26, 1.5e-7 off at most, and 3e-6 by its power.
+void gelu(int64_t count, float* x) {
+    for (int64_t i = 0; i < count; i += 16) {
+        const F32x16 y = load(x + i), z = (y < 0.0f ? -y : y) * 7.07106781e-1f;
+        const F32x16 t = 1.0f / (z * 3.275911e-1f + 1.0f);
+        F32x16 p = t * 1.061405429f - 1.453152027f;
+        p = p * t + 1.421413741f;
+        p = p * t - 2.84496736e-1f;
+        p = p * t + 2.54829592e-1f;
+        const F32x16 beyond = p * t * power_of_two(z * z * -1.44269504f);  // 1 - erf(z)
+        store(x + i, y * (y < 0.0f ? beyond : 2.0f - beyond) * 0.5f);
+    }
+}
+
 void add_residual(const float* x, const float* bias, int64_t count, float* sum) {
     for (int64_t i = 0; i < count; i += 16) store(sum + i, load(sum + i) + (load(x + i) + load(bias + i)));
 }
@@ -178,6 +192,6 @@ void gather(const Element* weights, int64_t stride, const float* factor, int64_t
 }
 
 [[maybe_unused]] constexpr duomo::VisionKernels kernels_of_lanes = {
-    layernorm, add_gelu, add_residual, {narrow, score, soften, gather}, {narrow, score, soften, gather}};
+    layernorm, add_gelu, gelu, add_residual, {narrow, score, soften, gather}, {narrow, score, soften, gather}};
 
 }  // namespace

@@ -163,6 +163,25 @@ class DenseTower(Tower):
     def set_ends(self, embed: Dense, norm: Norm) -> None: ...
     def run(self, patches: int, cos: int, sin: int, lengths: npt.NDArray[np.int64], out: int, /) -> None: ...
 
+class DenseResampler:
+    def __init__(
+        self,
+        spatial: tuple[Dense, Dense, Norm],
+        temporal: tuple[Dense, Dense, Norm],
+        project: Dense,
+        norm: npt.NDArray[np.float32],
+        eps: float,
+    ) -> None: ...
+    def run(
+        self,
+        blocks: int,
+        num_blocks: int,
+        earlier: npt.NDArray[np.int64],
+        later: npt.NDArray[np.int64],
+        out: int,
+        /,
+    ) -> None: ...
+
 Matrix = Trellis | Dense
 Bank = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], Matrix, Matrix]
 

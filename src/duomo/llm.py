@@ -399,8 +399,7 @@ class LLM:
         videos = sum(m.num_tokens for m in media if m.kind == "video")
         ready = []
         for index in range(params.n):
-            seed = params.seed if params.seed is None else params.seed + index
-            own = replace(params, seed=seed)
+            own = params if params.seed is None else replace(params, seed=params.seed + index)
             request = Request(
                 f"{name}/{index}" if params.n > 1 else name,
                 tuple(prompt.ids), own, media, is_thinking, priority, salt, adapter,

@@ -14,6 +14,7 @@ from duomo.model.config import VisionConfig
 from duomo.model.ernie import init_weights
 from duomo.model.lowrank import AdaptedLinear, LowRank
 from duomo.model.plain_vision import PlainTower, fuse_vision
+from duomo.model.rope import VisionRotationTable, vision_rotation
 from duomo.model.vision import VisionTower
 from tests.kernels.test_vision import isa
 from tests.model.test_packed_vision import PICTURE, VIDEO, WIDE, patches
@@ -86,7 +87,7 @@ def test_every_instruction_set_gives_the_same_bits(form):
     results = []
     for name in ("portable", "avx2", "avx512"):
         native.set_isa(name)
-        results.append(model.vision_tower(patches(PICTURE, WIDE), [PICTURE, WIDE]))
+        results.append(model.encode(patches(PICTURE, WIDE), [PICTURE, WIDE]))
     native.set_isa("")
     assert all(torch.equal(results[0], other) for other in results)
 
@@ -118,6 +119,30 @@ def test_an_adapter_is_heard_and_leaves_nothing(form):
     assert error(adapted, before) > 0.05
     model.vision_tower.blocks[1].fc1 = model.vision_tower.blocks[1].fc1.base
     assert torch.equal(model.encode(x, [PICTURE]), before)
+
+
+@torch.inference_mode()
+def test_an_adapter_of_the_resampler_is_heard_and_leaves_nothing(form):
+    model, plain = fused(form)
+    x = patches(PICTURE)
+    before = model.encode(x, [PICTURE])
+    low = LowRank(torch.randn(2, 256), torch.randn(256, 2) * 0.1)
+    for own in (model, plain):
+        own.resampler.spatial.fc2 = AdaptedLinear(own.resampler.spatial.fc2, low)
+    adapted = model.encode(x, [PICTURE])
+    assert error(adapted, plain.encode(x, [PICTURE])) < BOUND[form]
+    assert error(adapted, before) > 0.05
+    model.resampler.spatial.fc2 = model.resampler.spatial.fc2.base
+    assert torch.equal(model.encode(x, [PICTURE]), before)
+
+
+@torch.inference_mode()
+def test_angles_of_patches_are_the_same_bits_out_of_a_table():
+    table = VisionRotationTable(plain_model().config.vision)
+    for rows, columns in ((1, 1), (13, 70), (200, 3)):
+        row_P, column_P = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
+        plain = vision_rotation(row_P, column_P, plain_model().config.vision)
+        assert all(map(torch.equal, table.rotation(row_P, column_P), plain))
 
 
 @torch.inference_mode()

@@ -389,7 +389,7 @@ def check_request(request: Request, vocab_size: int, max_model_tokens: int) -> N
     """PromptError, PromptTooLong or ConfigError for what could never be answered."""
     if not request.ids:
         raise PromptError("the prompt is empty; give at least one token")
-    if not all(0 <= token < vocab_size for token in request.ids):
+    if min(request.ids) < 0 or max(request.ids) >= vocab_size:
         raise PromptError(f"a prompt id is outside the vocabulary of {vocab_size}")
     params = request.params
     for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):

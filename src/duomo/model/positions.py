@@ -39,28 +39,34 @@ class SpanLike(Protocol):
 
 def build_positions(num_tokens: int, spans: Sequence[SpanLike] = ()) -> Ints:
     """Positions [3, T], rows (t, h, w). The next token after these stands at `positions.max() + 1`."""
-    pieces: list[Ints] = []
+    positions = np.empty((3, num_tokens), dtype=np.int64)
     index = current = 0
     for span in spans:
-        pieces.append(_text_positions(current, span.start - index))
+        assert index <= span.start, "spans overlap"
+        positions[:, index : span.start] = np.arange(current, current + span.start - index)
         current += span.start - index
-        medium = _grid_positions(current, span.grid)
-        pieces.append(medium)
-        current = int(medium.max()) + 1
+        medium = _grid_positions(span.grid)
         index = span.start + medium.shape[1]
-    pieces.append(_text_positions(current, num_tokens - index))
-    return np.concatenate(pieces, axis=1)
+        assert index <= num_tokens, "a medium's span runs past the prompt"
+        np.add(medium, current, out=positions[:, span.start : index])
+        current += max(_token_grid(span.grid))
+    positions[:, index:] = np.arange(current, current + num_tokens - index)
+    return positions
 
 
-def _text_positions(first: int, count: int) -> Ints:
-    assert count >= 0, "a medium's span runs past the prompt, or spans overlap"
-    return np.broadcast_to(np.arange(first, first + count, dtype=np.int64), (3, count))
+def _token_grid(grid: GridLike) -> tuple[int, int, int]:
+    """Tokens of one medium: 2x2 patches, and pairs of frames in a video."""
+    return max(1, grid.frames // 2), grid.rows // 2, grid.columns // 2
 
 
-def _grid_positions(first: int, grid: GridLike) -> Ints:
-    """Tokens of one medium: 2x2 patches, and pairs of frames in a video; frame-major, row-major."""
-    frames, rows, columns = max(1, grid.frames // 2), grid.rows // 2, grid.columns // 2
-    return np.indices((frames, rows, columns), dtype=np.int64).reshape(3, -1) + first
+def _grid_positions(grid: GridLike) -> Ints:
+    """From zero on; frame-major, row-major."""
+    frames, rows, columns = shape = _token_grid(grid)
+    places = np.empty((3, *shape), dtype=np.int64)
+    places[0] = np.arange(frames)[:, None, None]
+    places[1] = np.arange(rows)[:, None]
+    places[2] = np.arange(columns)
+    return places.reshape(3, -1)
 
 
 def token_routes(ids: Sequence[int] | Ints, config: ModelConfig) -> npt.NDArray[np.bool_]:

@@ -44,12 +44,12 @@ class Resampler(nn.Module):
     def forward(self, patches_PC: Tensor, grids: Sequence[GridLike]) -> Tensor:
         """Tower outputs [P, C] of all media -> features [R, D], R = the media's tokens."""
         blocks = self.spatial(patches_PC.reshape(-1, patches_PC.shape[-1] * self.block_patches))
-        first, second = (index.to(blocks.device) for index in _frame_pairs(grids, self.block_patches))
+        first, second = (index.to(blocks.device) for index in frame_pairs(grids, self.block_patches))
         pairs = self.temporal(torch.cat((blocks[first], blocks[second]), dim=-1))
         return self.norm(self.project(pairs))  # type: ignore[no-any-return]
 
 
-def _frame_pairs(grids: Sequence[GridLike], block_patches: int) -> tuple[Tensor, Tensor]:
+def frame_pairs(grids: Sequence[GridLike], block_patches: int) -> tuple[Tensor, Tensor]:
     """Rows of the earlier and of the later frame of every pair."""
     first, second, start = [], [], 0
     for grid in grids:

@@ -88,8 +88,36 @@ def _axes(config: ModelConfig, device: torch.device) -> Tensor:
 
 def vision_rotation(rows_P: Tensor, columns_P: Tensor, config: VisionConfig) -> Rotation:
     """Angles [P, H/2]: the first half turns with the row, the second with the column; spec section 4.1."""
-    half = config.hidden_size // config.num_heads // 2
-    pair = torch.arange(0, half, 2, device=rows_P.device).float()
-    frequency = 1.0 / config.rope_theta ** (pair / half)
+    frequency = _vision_frequencies(config, rows_P.device)
     angles = torch.cat((rows_P[:, None] * frequency, columns_P[:, None] * frequency), dim=-1)
     return Rotation(angles.cos(), angles.sin())
+
+
+class VisionRotationTable:
+    """`vision_rotation` on the CPU out of a table of every row or column so far: the same bits."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        self._frequency = _vision_frequencies(config, torch.device("cpu"))
+        self._grow(64)
+
+    def rotation(self, rows_P: Tensor, columns_P: Tensor) -> Rotation:
+        rows, columns = rows_P.numpy(), columns_P.numpy()
+        most = int(max(rows.max(initial=0), columns.max(initial=0)))
+        if most >= len(self._cos):
+            self._grow(2 * most)
+        cos, sin = (
+            np.concatenate((table.take(rows, axis=0), table.take(columns, axis=0)), axis=1)
+            for table in (self._cos, self._sin)
+        )
+        return Rotation(torch.from_numpy(cos), torch.from_numpy(sin))
+
+    def _grow(self, count: int) -> None:
+        angles = torch.arange(count)[:, None] * self._frequency
+        self._cos: npt.NDArray[np.float32] = angles.cos().numpy()
+        self._sin: npt.NDArray[np.float32] = angles.sin().numpy()
+
+
+def _vision_frequencies(config: VisionConfig, device: torch.device) -> Tensor:
+    half = config.hidden_size // config.num_heads // 2
+    pair = torch.arange(0, half, 2, device=device).float()
+    return 1.0 / config.rope_theta ** (pair / half)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from duomo import kernels
 from duomo.model.config import VisionConfig
 from duomo.model.layers import LayerNorm, Linear
-from duomo.model.positions import GridLike
+from duomo.model.positions import GridLike, Ints
 from duomo.model.rope import Rotation, vision_rotation
 
 
@@ -33,12 +34,8 @@ class VisionTower(nn.Module):
         rows_P, columns_P = patch_coordinates(grids, self.config.spatial_merge)
         device = patches_PX.device
         rotation = vision_rotation(rows_P.to(device), columns_P.to(device), self.config)
-        frames = [grid.rows * grid.columns for grid in grids for _ in range(grid.frames)]
-        return self.embed(patches_PX, rotation, frames)
-
-    def embed(self, patches_PX: Tensor, rotation: Rotation, frames: Sequence[int]) -> Tensor:
-        """From angles [P, H/2] and the frames' lengths on."""
-        return self.norm(self.blocks(self.patch_embed(patches_PX), rotation, frames))  # type: ignore[no-any-return]
+        hidden_PC = self.blocks(self.patch_embed(patches_PX), rotation, frame_lengths(grids))
+        return self.norm(hidden_PC)  # type: ignore[no-any-return]
 
 
 class VisionBlocks(nn.ModuleList):
@@ -85,13 +82,19 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def frame_lengths(grids: Sequence[GridLike]) -> list[int]:
+    """Patches of each frame of all media."""
+    return [grid.rows * grid.columns for grid in grids for _ in range(grid.frames)]
+
+
 def patch_coordinates(grids: Sequence[GridLike], merge: int) -> tuple[Tensor, Tensor]:
     """Row and column of every patch, in 2x2-block order: blocks row-major, and row-major inside a block."""
-    rows: list[Tensor] = []
-    columns: list[Tensor] = []
+    rows: list[Ints] = []
+    columns: list[Ints] = []
     for grid in grids:
-        row, column = torch.meshgrid(torch.arange(grid.rows), torch.arange(grid.columns), indexing="ij")
-        for coordinate, out in ((row, rows), (column, columns)):
-            blocks = coordinate.unflatten(0, (-1, merge)).unflatten(2, (-1, merge)).transpose(1, 2)
-            out.append(blocks.flatten().repeat(grid.frames))
-    return torch.cat(rows), torch.cat(columns)
+        shape = grid.frames, grid.rows // merge, grid.columns // merge, merge, merge
+        row = np.arange(grid.rows).reshape(1, -1, 1, merge, 1)
+        column = np.arange(grid.columns).reshape(1, 1, -1, 1, merge)
+        rows.append(np.broadcast_to(row, shape).ravel())
+        columns.append(np.broadcast_to(column, shape).ravel())
+    return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(columns))

@@ -16,6 +16,8 @@ MERGE = 2
 FACTOR_PX = PATCH_PX * MERGE
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+_SCALE = np.repeat(1 / (255 * STD), PATCH_PX**2).astype(np.float32)  # of each value of a patch
+_SHIFT = np.repeat(-MEAN / STD, PATCH_PX**2).astype(np.float32)
 
 
 def patchify(frames: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], Grid]:
@@ -36,7 +38,7 @@ def patchify(frames: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], Grid
 
 def normalize(patches: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """uint8 [P, 588] -> float32, (x/255 - mean) / std by channel."""
-    area = PATCH_PX**2
-    scale = np.repeat(1 / (255 * STD), area).astype(np.float32)
-    shift = np.repeat(-MEAN / STD, area).astype(np.float32)
-    return patches * scale + shift
+    values = patches.astype(np.float32)
+    values *= _SCALE
+    values += _SHIFT
+    return values

@@ -27,7 +27,9 @@ from duomo.kernels.cpu.packed import (
 )
 from duomo.kernels.cpu.paged_attention import HEAD_MULTIPLE, paged_attention
 from duomo.kernels.cpu.vision import (
+    FusedResampler,
     FusedTower,
+    MergeWeights,
     frame_attention,
     takes_heads,
     vision_attention,
@@ -40,8 +42,10 @@ __all__ = [
     "BankWeights",
     "DecoderSizes",
     "FusedDecoder",
+    "FusedResampler",
     "FusedTower",
     "LayerWeights",
+    "MergeWeights",
     "NextTokens",
     "PackedStep",
     "dense",

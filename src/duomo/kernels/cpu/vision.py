@@ -7,7 +7,7 @@ the products belongs to one pass through the tower and goes with it: no block al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -107,6 +107,44 @@ class FusedTower:
         cos, sin, lengths = _angles(cos_PQ, sin_PQ, frames, len(patches), self.head_dim)
         out = torch.empty(len(patches), self.width)
         self._native.run(patches.data_ptr(), cos.data_ptr(), sin.data_ptr(), lengths, out.data_ptr())
+        return out
+
+
+class MergeWeights(NamedTuple):
+    """One stage of a resampler. Its matrices have their biases."""
+
+    fc1: DenseWeight
+    fc2: DenseWeight
+    norm: Norm
+
+
+class FusedResampler:
+    """A plain resampler (`model.resampler`) as one call. Built once of the weights, which it keeps alive.
+
+    Widths within the stages are multiples of 16; `norm` [D] is the weight of the last RMSNorm.
+    """
+
+    def __init__(
+        self, spatial: MergeWeights, temporal: MergeWeights, project: DenseWeight, norm: Tensor, eps: float
+    ) -> None:
+        from duomo import _native
+
+        self.block_size, self.width = spatial.fc1.columns, project.rows
+        first, second = ((x.fc1.native, x.fc2.native, _norm(x.norm)) for x in (spatial, temporal))
+        self._native = _native.DenseResampler(first, second, project.native, plain(norm).numpy(), eps)
+
+    def run(self, blocks_BX: Tensor, earlier: Tensor, later: Tensor) -> Tensor:
+        """The tower's rows of neighbouring patches side by side -> features [R, D], fp32.
+
+        Token r is of blocks `earlier[r]` and `later[r]`, int64 [R].
+        """
+        if blocks_BX.ndim != 2 or blocks_BX.shape[1] != self.block_size:
+            raise KernelError(
+                f"blocks {tuple(blocks_BX.shape)} for a resampler of {self.block_size} values each"
+            )
+        blocks = plain(blocks_BX)
+        out = torch.empty(len(earlier), self.width)
+        self._native.run(blocks.data_ptr(), len(blocks), earlier.numpy(), later.numpy(), out.data_ptr())
         return out
 
 
