@@ -141,6 +141,21 @@ void combine_backward(Address rows, Address place, Address weights, Address by_o
                            width, at<float>(by_rows), at<float>(by_weights), threads);
 }
 
+void train_route(Address logits, Address bias, float norm_min, int64_t tokens, int64_t experts, int64_t chosen, Address p,
+           Address ids, Address weights, int threads) {
+    if (chosen > experts) throw nb::value_error("more experts chosen than there are");
+    nb::gil_scoped_release release;
+    own().route(at<float>(logits), at<float>(bias), norm_min, tokens, experts, chosen, at<float>(p), at<int64_t>(ids),
+                at<float>(weights), threads);
+}
+
+void route_backward(Address p, Address ids, Address weights, Address by_weights, float norm_min, int64_t tokens,
+                    int64_t experts, int64_t chosen, Address by_logits, int threads) {
+    nb::gil_scoped_release release;
+    own().route_backward(at<float>(p), at<int64_t>(ids), at<float>(weights), at<float>(by_weights), norm_min, tokens,
+                         experts, chosen, at<float>(by_logits), threads);
+}
+
 void cross_entropy(Address logits, Address labels, int64_t tokens, int64_t words, Address loss, Address lse, int threads) {
     nb::gil_scoped_release release;
     own().cross_entropy(at<float>(logits), at<int64_t>(labels), tokens, words, at<float>(loss), at<float>(lse), threads);
@@ -170,6 +185,8 @@ void bind_train(nb::module_& m) {
     train.def("swiglu_backward", &swiglu_backward);
     train.def("combine", &combine);
     train.def("combine_backward", &combine_backward);
+    train.def("route", &train_route);
+    train.def("route_backward", &route_backward);
     train.def("cross_entropy", &cross_entropy);
     train.def("cross_entropy_backward", &cross_entropy_backward);
 }

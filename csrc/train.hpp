@@ -60,6 +60,13 @@ struct TrainKernels {
                     int64_t width, float* out, int threads);
     void (*combine_backward)(const float* rows, const int64_t* place, const float* weights, const float* by_out,
                              int64_t tokens, int64_t chosen, int64_t width, float* by_rows, float* by_weights, int threads);
+    // Of logits [T][experts]: p = their softmax; ids, the `chosen` largest of p + bias, in their order, and of several
+    // alike the first; weights, p of those over the larger of their sum and norm_min.
+    void (*route)(const float* logits, const float* bias, float norm_min, int64_t tokens, int64_t experts, int64_t chosen,
+                  float* p, int64_t* ids, float* weights, int threads);
+    // The choice has no gradient. by_logits is written.
+    void (*route_backward)(const float* p, const int64_t* ids, const float* weights, const float* by_weights,
+                           float norm_min, int64_t tokens, int64_t experts, int64_t chosen, float* by_logits, int threads);
     // loss[t] = lse[t] - logits[t][label]; a negative label: 0, and no gradient.
     void (*cross_entropy)(const float* logits, const int64_t* labels, int64_t tokens, int64_t words, float* loss,
                           float* lse, int threads);

@@ -5,8 +5,8 @@
 
 namespace {
 constexpr duomo::TrainKernels kernels = {
-    multiply,        attention, attention_backward, rmsnorm,       rmsnorm_backward,       rotate, swiglu,
-    swiglu_backward, combine,   combine_backward,   cross_entropy, cross_entropy_backward,
+    multiply,        attention, attention_backward, rmsnorm, rmsnorm_backward, rotate,        swiglu,
+    swiglu_backward, combine,   combine_backward,   route,   route_backward,   cross_entropy, cross_entropy_backward,
 };
 }
 const duomo::TrainKernels* const duomo::train_avx512 = &kernels;

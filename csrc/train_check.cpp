@@ -74,6 +74,10 @@ void run_rows(const TrainKernels& kernels, int64_t tokens, int64_t width) {
     for (int64_t t = 0; t < tokens; ++t) place.push_back(tokens - 1 - t);
     kernels.combine(x.data(), place.data(), cost.data(), tokens, 1, width, y.data(), 2);
     kernels.combine_backward(x.data(), place.data(), cost.data(), x.data(), tokens, 1, width, y.data(), lse.data(), 2);
+    std::vector<int64_t> ids(size_t(2 * tokens));
+    Floats weights = random_floats(2 * tokens);
+    kernels.route(x.data(), weight.data(), 1e-12f, tokens, width, 2, y.data(), ids.data(), weights.data(), 2);
+    kernels.route_backward(y.data(), ids.data(), weights.data(), weights.data(), 1e-12f, tokens, width, 2, by_x.data(), 2);
     const std::vector<int64_t> labels(size_t(tokens), width - 1);
     kernels.cross_entropy(x.data(), labels.data(), tokens, width, loss.data(), lse.data(), 2);
     kernels.cross_entropy_backward(x.data(), labels.data(), lse.data(), cost.data(), tokens, width, y.data(), 2);

@@ -150,6 +150,66 @@ void combine_backward(const float* rows, const int64_t* place, const float* weig
     });
 }
 
+void route(const float* logits, const float* bias, float norm_min, int64_t tokens, int64_t experts, int64_t chosen,
+           float* p, int64_t* ids, float* weights, int threads) {
+    const __m512 lowest = _mm512_set1_ps(-INFINITY);
+    each_row(threads, tokens, [&](int64_t t) {
+        static thread_local std::vector<float> memory;
+        float *biased = grown(memory, experts), *own = p + t * experts;
+        __m512 peaks = lowest, sums = _mm512_setzero_ps();
+        each_lane(experts, [&](int64_t i, __mmask16 m) {
+            peaks = _mm512_mask_max_ps(peaks, m, peaks, get(logits + t * experts + i, m));
+        });
+        const __m512 peak = _mm512_set1_ps(_mm512_reduce_max_ps(peaks));
+        each_lane(experts, [&](int64_t i, __mmask16 m) {
+            const __m512 e = exp(_mm512_sub_ps(get(logits + t * experts + i, m), peak));
+            sums = _mm512_mask_add_ps(sums, m, sums, e);
+            put(own + i, m, e);
+        });
+        const __m512 sum = _mm512_set1_ps(_mm512_reduce_add_ps(sums));
+        each_lane(experts, [&](int64_t i, __mmask16 m) {
+            const __m512 share = _mm512_div_ps(get(own + i, m), sum);
+            put(own + i, m, share);
+            put(biased + i, m, _mm512_add_ps(share, get(bias + i, m)));
+        });
+        float total = 0;
+        for (int64_t k = t * chosen; k < (t + 1) * chosen; ++k) {
+            __m512 best = lowest;
+            each_lane(experts, [&](int64_t i, __mmask16 m) { best = _mm512_mask_max_ps(best, m, best, get(biased + i, m)); });
+            const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(best));
+            int64_t id = -1;
+            each_lane(experts, [&](int64_t i, __mmask16 m) {
+                const __mmask16 found = _mm512_mask_cmpeq_ps_mask(m, get(biased + i, m), most);
+                if (id < 0 && found) id = i + __builtin_ctz(found);
+            });
+            ids[k] = std::max<int64_t>(id, 0);  // none is the largest where all are NaN
+            biased[ids[k]] = -INFINITY;
+            weights[k] = own[ids[k]];
+            total += weights[k];
+        }
+        for (int64_t k = t * chosen; k < (t + 1) * chosen; ++k) weights[k] /= std::max(total, norm_min);
+    });
+}
+
+// With s the sum, or norm_min where that is larger: dp_k = (dw_k - sum(dw w)) / s, or dw_k / s; dlogits = p (dp - sum(p dp)).
+void route_backward(const float* p, const int64_t* ids, const float* weights, const float* by_weights, float norm_min,
+                    int64_t tokens, int64_t experts, int64_t chosen, float* by_logits, int threads) {
+    each_row(threads, tokens, [&](int64_t t) {
+        const float* own = p + t * experts;
+        float* by = by_logits + t * experts;
+        float total = 0, dot = 0, all = 0;
+        for (int64_t k = t * chosen; k < (t + 1) * chosen; ++k) {
+            total += own[ids[k]];
+            dot += by_weights[k] * weights[k];
+        }
+        if (total < norm_min) dot = 0;
+        // p_k dp_k = w_k (dw_k - dot): the sum cancels
+        for (int64_t k = t * chosen; k < (t + 1) * chosen; ++k) all += weights[k] * (by_weights[k] - dot);
+        each_lane(experts, [&](int64_t i, __mmask16 m) { put(by + i, m, _mm512_mul_ps(get(own + i, m), _mm512_set1_ps(-all))); });
+        for (int64_t k = t * chosen; k < (t + 1) * chosen; ++k) by[ids[k]] += weights[k] * (by_weights[k] - dot);
+    });
+}
+
 void cross_entropy(const float* logits, const int64_t* labels, int64_t tokens, int64_t words, float* loss, float* lse,
                    int threads) {
     each_row(threads, tokens, [&](int64_t t) {

@@ -371,6 +371,34 @@ class train:
         /,
     ) -> None: ...
     @staticmethod
+    def route(
+        logits: int,
+        bias: int,
+        norm_min: float,
+        tokens: int,
+        experts: int,
+        chosen: int,
+        p: int,
+        ids: int,
+        weights: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def route_backward(
+        p: int,
+        ids: int,
+        weights: int,
+        by_weights: int,
+        norm_min: float,
+        tokens: int,
+        experts: int,
+        chosen: int,
+        by_logits: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    @staticmethod
     def cross_entropy(
         logits: int, labels: int, tokens: int, words: int, loss: int, lse: int, threads: int, /
     ) -> None: ...

@@ -144,6 +144,33 @@ def test_rows(tokens, width):
     )
 
 
+@pytest.mark.parametrize(
+    "tokens,width,num_experts,chosen", [(0, 16, 4, 2), (1, 1, 1, 1), (53, 19, 7, 3), (40, 64, 64, 8)]
+)
+@pytest.mark.parametrize("norm_min", [1e-12, 0.5])
+def test_a_router(tokens, width, num_experts, chosen, norm_min):
+    """Losses of its own have gradients by the logits, too. Some sums lie below the larger minimum."""
+    inputs, bias = (random(tokens, width), random(num_experts, width)), random(num_experts, scale=0.05)
+
+    def routed(kernel):
+        def call(*x):
+            ids, weights, logits = kernel(*x, bias, chosen, norm_min)
+            return torch.cat((ids.float(), weights, logits.logsumexp(-1, keepdim=True)), dim=-1)
+
+        return call
+
+    assert_near(routed(fast.route), routed(reference.route), *inputs)
+    with fast.rounded_products():
+        assert_near(routed(fast.route), routed(reference.route), *inputs)
+
+
+def test_a_router_takes_the_first_of_equals_and_keeps_within_the_bank():
+    hidden = torch.zeros(3, 4, requires_grad=True)
+    hidden.data[2] = torch.nan
+    ids = fast.route(hidden, torch.ones(20, 4), torch.zeros(20), 3).expert_ids_TK
+    assert ids[:2].tolist() == 2 * [[0, 1, 2]] and ((ids >= 0) & (ids < 20)).all()
+
+
 @pytest.mark.parametrize("tokens,words", [(0, 5), (1, 1), (37, 97), (5, 4096)])
 def test_cross_entropy(tokens, words):
     labels = torch.arange(tokens) * 31 % words

@@ -33,7 +33,6 @@ from duomo.kernels.reference import (
     attention,
     layernorm,
     rotate_halves,
-    route,
     swiglu,
 )
 from duomo.kernels.weights import (
@@ -158,6 +157,15 @@ def rotate_pairs(x_TNH: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
     is_fast = x_TNH.shape[-1] % cpu.train.HEAD_MULTIPLE == 0 and _trains(x_TNH)
     chosen = cpu.train.rotate_pairs if is_fast else reference.rotate_pairs
     return chosen(x_TNH, cos_TP, sin_TP)
+
+
+def route(
+    hidden_TD: Tensor, router_ED: Tensor, bias_E: Tensor, num_chosen: int, norm_min: float = 1e-12
+) -> Routing:
+    """Softmax over one bank, top-K of the biased probabilities, unbiased weights that sum to one; in fp32."""
+    is_fast = _trains(hidden_TD, router_ED) and bias_E.device.type == "cpu"
+    chosen = cpu.train.route if is_fast else reference.route
+    return chosen(hidden_TD, router_ED, bias_E, num_chosen, norm_min)
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:

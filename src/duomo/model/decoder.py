@@ -1,10 +1,17 @@
 """The decoder: layers of attention and experts around a residual stream.
 
 x += attention(norm(x));  x += mlp_or_experts(norm(x))
+
+In training the last MLP or mixture is computed only of tokens whose logits are wanted: nothing else of what
+it adds is seen, so losses and gradients are the same. Its routers are asked about all tokens, as their own
+losses and counts need.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
 from duomo.model.attention import Attention
@@ -46,7 +53,10 @@ class Decoder(nn.Module):
     def forward(self, hidden_TD: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         """Final states, normed, of all tokens, or of `batch.logit_rows` where only some are asked for."""
         rotation = decoder_rotation(batch.positions_3T, self.config)
+        last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
+            if index == last and torch.is_grad_enabled():
+                batch = replace(batch, mixed_rows=batch.logit_rows)
             hidden_TD = layer(hidden_TD, rotation, index, batch, cache)
         if batch.logit_rows is not None:
             hidden_TD = hidden_TD.index_select(0, batch.logit_rows)

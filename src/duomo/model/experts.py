@@ -6,6 +6,8 @@ see every token. A batch of text alone never touches a vision expert's weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,12 @@ class MLP(nn.Module):
     def forward(
         self, hidden_TD: Tensor, batch: Batch | None = None, chosen_TK: Tensor | None = None
     ) -> Tensor:
+        if batch is None or batch.mixed_rows is None:
+            return self._run(hidden_TD)
+        rows = batch.mixed_rows
+        return torch.zeros_like(hidden_TD).index_copy(0, rows, self._run(hidden_TD.index_select(0, rows)))
+
+    def _run(self, hidden_TD: Tensor) -> Tensor:
         return self.down(kernels.gated(self.gate(hidden_TD), self.up(hidden_TD)))  # type: ignore[no-any-return]
 
 
@@ -55,9 +63,14 @@ class ExpertBank(nn.Module):
         self.down = nn.Parameter(torch.empty(bank.num_experts, width, size))
 
     def forward(
-        self, hidden_TD: Tensor, chosen_TK: Tensor | None = None, rows: Tensor | None = None
+        self,
+        hidden_TD: Tensor,
+        chosen_TK: Tensor | None = None,
+        rows: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        return self.run_with(self.gate_up, self.down, hidden_TD, chosen_TK, rows)
+        """`kept`: the only rows of the result that matter; the others come out as zeros."""
+        return self.run_with(self.gate_up, self.down, hidden_TD, chosen_TK, rows, kept)
 
     def run_with(
         self,
@@ -66,17 +79,36 @@ class ExpertBank(nn.Module):
         hidden_TD: Tensor,
         chosen_TK: Tensor | None = None,
         rows: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """Its choice of experts over these matrices: its own, or with an adapter folded in."""
         routing = self.router(hidden_TD)
         note_choice(routing.expert_ids_TK, chosen_TK, rows)
-        return kernels.experts(hidden_TD, routing.expert_ids_TK, routing.weights_TK, gate_up_EFD, down_EDF)
+
+        def run(own_XD: Tensor, expert_ids_XK: Tensor, weights_XK: Tensor) -> Tensor:
+            return kernels.experts(own_XD, expert_ids_XK, weights_XK, gate_up_EFD, down_EDF)
+
+        return of_kept(run, hidden_TD, routing, kept)
 
 
 def note_choice(expert_ids_TK: Tensor, chosen_TK: Tensor | None, rows: Tensor | None) -> None:
     """Writes a bank's choice into the rows of `chosen_TK` that are its tokens (None: all), if asked for."""
     if chosen_TK is not None:
         chosen_TK[slice(None) if rows is None else rows] = expert_ids_TK
+
+
+def of_kept(
+    run: Callable[[Tensor, Tensor, Tensor], Tensor],
+    hidden_TD: Tensor,
+    routing: kernels.Routing,
+    kept: Tensor | None,
+) -> Tensor:
+    """`run` over tokens, their experts and weights: of all, or of the `kept` rows and zeros elsewhere."""
+    given = hidden_TD, routing.expert_ids_TK, routing.weights_TK
+    if kept is None:
+        return run(*given)
+    hidden_XD, expert_ids_XK, weights_XK = (x.index_select(0, kept) for x in given)
+    return torch.zeros_like(hidden_TD).index_copy(0, kept, run(hidden_XD, expert_ids_XK, weights_XK))
 
 
 class Experts(nn.Module):
@@ -93,15 +125,35 @@ class Experts(nn.Module):
     def forward(self, hidden_TD: Tensor, batch: Batch, chosen_TK: Tensor | None = None) -> Tensor:
         """`chosen_TK`, where given, is filled with the experts each token goes to."""
         routed_TD = self._routed(hidden_TD, batch, chosen_TK)
-        return routed_TD if self.shared is None else routed_TD + self.shared(hidden_TD)
+        if self.shared is None:
+            return routed_TD
+        rows = batch.mixed_rows
+        if rows is None:
+            return routed_TD + self.shared(hidden_TD)  # type: ignore[no-any-return]
+        return routed_TD.index_add(0, rows, self.shared(hidden_TD.index_select(0, rows)))
 
     def _routed(self, hidden_TD: Tensor, batch: Batch, chosen_TK: Tensor | None) -> Tensor:
         text_rows, vision_rows = batch.text_rows, batch.vision_rows
         if self.vision is None or not vision_rows.numel():
-            return self.text(hidden_TD, chosen_TK)  # type: ignore[no-any-return]
+            return _asked(self.text, batch, hidden_TD, chosen_TK)
         if not text_rows.numel():
-            return self.vision(hidden_TD, chosen_TK)  # type: ignore[no-any-return]
+            return _asked(self.vision, batch, hidden_TD, chosen_TK)
         text_TD, vision_TD = (hidden_TD.index_select(0, rows) for rows in (text_rows, vision_rows))
         out_TD = torch.zeros_like(hidden_TD)
-        out_TD = out_TD.index_copy(0, text_rows, self.text(text_TD, chosen_TK, text_rows))
-        return out_TD.index_copy(0, vision_rows, self.vision(vision_TD, chosen_TK, vision_rows))
+        out_TD = out_TD.index_copy(0, text_rows, _asked(self.text, batch, text_TD, chosen_TK, text_rows))
+        return out_TD.index_copy(
+            0, vision_rows, _asked(self.vision, batch, vision_TD, chosen_TK, vision_rows)
+        )
+
+
+def _asked(
+    bank: nn.Module, batch: Batch, own_TD: Tensor, chosen_TK: Tensor | None, rows: Tensor | None = None
+) -> Tensor:
+    """A bank's part of a mixture; `rows` of the batch are its tokens (None: all)."""
+    if batch.mixed_rows is None:
+        return bank(own_TD, chosen_TK, rows)  # type: ignore[no-any-return]
+    kept = batch.mixed_rows
+    if rows is not None:
+        is_wanted_T = torch.zeros(len(batch.ids_T), dtype=torch.bool, device=rows.device)
+        kept = is_wanted_T.index_fill(0, kept, True)[rows].nonzero().flatten()
+    return bank(own_TD, chosen_TK, rows, kept)  # type: ignore[no-any-return]

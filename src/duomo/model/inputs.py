@@ -34,7 +34,9 @@ class Batch:
     page_table_SM    int64, pages of each sequence (paged caches)
     sequence_T       int64, the sequence of each token (paged caches)
     num_keys_T       int64, how many keys each token sees, itself included (paged caches)
-    logit_rows       int64, tokens whose logits are wanted; None: all
+    logit_rows       int64, tokens whose logits are wanted, each once; None: all
+    mixed_rows       int64, set for the last layer in training: tokens whose MLP or experts are wanted; what
+                     the others' add to the residual does not matter. None: all
     expert_ids_LTK   int64 [layers, T, K], written by the pass: the experts each token went to, in the bank of
                      its modality; layers without experts are left alone. None: nobody asks
     """
@@ -52,6 +54,7 @@ class Batch:
     sequence_T: Tensor | None = None
     num_keys_T: Tensor | None = None
     logit_rows: Tensor | None = None
+    mixed_rows: Tensor | None = None
     expert_ids_LTK: Tensor | None = None
 
 

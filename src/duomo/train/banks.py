@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from duomo.kernels import swiglu
-from duomo.model.experts import Router, note_choice
+from duomo.model.experts import Router, note_choice, of_kept
 
 
 class CallableBank(Protocol):
@@ -24,15 +24,26 @@ class CallableBank(Protocol):
 
 
 def run_experts(
-    bank: CallableBank, hidden_TD: Tensor, chosen_TK: Tensor | None = None, rows: Tensor | None = None
+    bank: CallableBank,
+    hidden_TD: Tensor,
+    chosen_TK: Tensor | None = None,
+    rows: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """`kernels.experts` for banks that compute an expert by a call: pairs sorted by expert, one call each."""
     routing = bank.router(hidden_TD)
     note_choice(routing.expert_ids_TK, chosen_TK, rows)
-    num_chosen = routing.expert_ids_TK.shape[1]
-    pairs = routing.expert_ids_TK.flatten()
+    num_experts = routing.logits_TE.shape[-1]
+    return of_kept(lambda *given: _run(bank, num_experts, *given), hidden_TD, routing, kept)
+
+
+def _run(
+    bank: CallableBank, num_experts: int, hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
+    num_chosen = expert_ids_TK.shape[1]
+    pairs = expert_ids_TK.flatten()
     order = pairs.argsort(stable=True)
-    counts: list[int] = torch.bincount(pairs, minlength=routing.logits_TE.shape[-1]).tolist()
+    counts: list[int] = torch.bincount(pairs, minlength=num_experts).tolist()
     inputs = hidden_TD[order // num_chosen].split(counts)
     outputs = [
         bank.expert_down(swiglu(bank.expert_gate_up(x, expert)), expert)
@@ -45,5 +56,5 @@ def run_experts(
         0, order, torch.arange(order.numel(), device=order.device)
     )
     pairs_TKD = torch.cat(outputs)[place_of_pair].unflatten(0, (-1, num_chosen))
-    weighted: Tensor = pairs_TKD * routing.weights_TK[..., None]
+    weighted: Tensor = pairs_TKD * weights_TK[..., None]
     return weighted.sum(1)

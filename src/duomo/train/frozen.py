@@ -107,9 +107,13 @@ class FrozenBank(nn.Module):
         return product(inner, self.down, expert)
 
     def forward(
-        self, hidden_TD: Tensor, chosen_TK: Tensor | None = None, rows: Tensor | None = None
+        self,
+        hidden_TD: Tensor,
+        chosen_TK: Tensor | None = None,
+        rows: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        return run_experts(self, hidden_TD, chosen_TK, rows)
+        return run_experts(self, hidden_TD, chosen_TK, rows, kept)
 
 
 def open_packed(model: nn.Module) -> int:

@@ -99,12 +99,16 @@ class LoraBank(nn.Module):
         return self.base.router
 
     def forward(
-        self, hidden_TD: Tensor, chosen_TK: Tensor | None = None, rows: Tensor | None = None
+        self,
+        hidden_TD: Tensor,
+        chosen_TK: Tensor | None = None,
+        rows: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         if isinstance(self.base, ExpertBank) and _folds(hidden_TD, self.base.down):
             banks = self.base.gate_up + self._gate_up_added(), self.base.down + self._down_added()
-            return self.base.run_with(*banks, hidden_TD, chosen_TK, rows)
-        return run_experts(self, hidden_TD, chosen_TK, rows)
+            return self.base.run_with(*banks, hidden_TD, chosen_TK, rows, kept)
+        return run_experts(self, hidden_TD, chosen_TK, rows, kept)
 
     def _gate_up_added(self) -> Tensor:
         return self.scale * torch.cat((self.gate_b @ self.gate_a, self.up_b @ self.up_a), dim=1)

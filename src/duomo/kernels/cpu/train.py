@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from duomo.kernels.reference import Routing
+
 _is_rounded: ContextVar[bool] = ContextVar("is_rounded", default=False)
 _PLAIN = (Tensor, nn.Parameter)  # not shards of several processes
 HEAD_MULTIPLE = 16
@@ -99,6 +101,17 @@ def rotate_pairs(x_TNH: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
     return out
 
 
+def route(
+    hidden_TD: Tensor, router_ED: Tensor, bias_E: Tensor, num_chosen: int, norm_min: float = 1e-12
+) -> Routing:
+    """Never rounded; of experts with equal probabilities the first."""
+    assert len(router_ED) == len(bias_E) >= num_chosen and hidden_TD.shape[1] == router_ED.shape[1]
+    ids, weights, logits = _Route.apply(  # type: ignore[no-untyped-call]
+        hidden_TD, router_ED, bias_E.detach(), num_chosen, norm_min
+    )
+    return Routing(ids, weights, logits)
+
+
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
     assert gate.shape == up.shape
@@ -115,11 +128,13 @@ def cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
 class _Bank:
     """Products of rows sorted by matrix with a bank [E, N, K], of which a plain matrix is one."""
 
-    def __init__(self, weight: Tensor, ends_E: Tensor, rows: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, ends_E: Tensor, rows: Tensor | None = None, is_rounded: bool | None = None
+    ) -> None:
         self.weight = weight.contiguous()
         self.ends, self.rows = ends_E, rows
         self.outputs, self.inputs = weight.shape[-2:]
-        self.is_rounded = _is_rounded.get()
+        self.is_rounded = _is_rounded.get() if is_rounded is None else is_rounded
 
     def _call(self) -> tuple[int, int, int, int]:
         return self.ends.data_ptr(), self.ends.numel(), self.outputs, self.inputs
@@ -361,6 +376,43 @@ class _Gated(Function):
         by = by_gate.data_ptr(), by_up.data_ptr()
         _train().swiglu_backward(*addresses, *ctx.size, *by, torch.get_num_threads())
         return by_gate, by_up
+
+
+class _Route(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, router_ED: Tensor, bias_E: Tensor, num_chosen: int, norm_min: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, bias = hidden_TD.contiguous(), bias_E.contiguous()
+        ctx.bank = _Bank(router_ED, torch.tensor([len(hidden)]), is_rounded=False)
+        logits = ctx.bank.forward(hidden)
+        p, weights = torch.empty_like(logits), logits.new_empty(len(hidden), num_chosen)
+        ids = torch.empty_like(weights, dtype=torch.int64)
+        ctx.size = norm_min, *logits.shape, num_chosen
+        addresses = p.data_ptr(), ids.data_ptr(), weights.data_ptr()
+        _train().route(logits.data_ptr(), bias.data_ptr(), *ctx.size, *addresses, torch.get_num_threads())
+        ctx.save_for_backward(hidden, router_ED, p, ids, weights)
+        ctx.mark_non_differentiable(ids)
+        ctx.set_materialize_grads(False)
+        return ids, weights, logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, _: None, by_weights: Tensor | None, by_logits: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, _, p, ids, weights = ctx.saved_tensors
+        if by_weights is not None:
+            by_weights, by_choice = by_weights.contiguous(), torch.empty_like(p)
+            addresses = [x.data_ptr() for x in (p, ids, weights, by_weights)]
+            _train().route_backward(*addresses, *ctx.size, by_choice.data_ptr(), torch.get_num_threads())
+            by_logits = by_choice if by_logits is None else by_choice + by_logits
+        if by_logits is None:
+            return None, None, None, None, None
+        by_logits = by_logits.contiguous()
+        wants_hidden, wants_router, *_ = ctx.needs_input_grad
+        by_hidden = ctx.bank.by_input(by_logits) if wants_hidden else None
+        return by_hidden, ctx.bank.by_weight(hidden, by_logits) if wants_router else None, None, None, None
 
 
 class _CrossEntropy(Function):
