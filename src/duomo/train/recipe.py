@@ -154,6 +154,17 @@ _MUON = replace(
     shares=LATER,
 )
 
+_FINDING = replace(
+    _MUON,
+    name="finding",
+    num_steps=1800,
+    place_weight=0.5,
+    num_lookups=3,
+    alone=0.08,
+    shares=FINDING,
+    cells=LOOKING_CELLS,
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -215,27 +226,8 @@ class Recipe:
             min_spacing=0.8,
             cells=LOOKING_CELLS,
         ),
-        replace(
-            _MUON,
-            name="finding",
-            num_steps=1800,
-            place_weight=0.5,
-            num_lookups=3,
-            alone=0.08,
-            shares=FINDING,
-            cells=LOOKING_CELLS,
-        ),
-        replace(
-            _MUON,
-            name="variety",
-            num_steps=1600,
-            decay_from=0.3,
-            place_weight=0.5,
-            num_lookups=3,
-            alone=0.08,
-            shares=VARIETY,
-            cells=LOOKING_CELLS,
-        ),
+        _FINDING,
+        replace(_FINDING, name="variety", num_steps=1600, decay_from=0.3, shares=VARIETY),
     )
     export: Shares = (("variety", 1.0),)  # weights at the ends of stages, averaged
     bf16: bool = True  # products, where the processor multiplies bfloat16 (`train.precision`)
