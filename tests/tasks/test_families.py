@@ -122,6 +122,44 @@ def test_more_lookups_ask_more_of_the_same_scene(name: str) -> None:
             assert turn.answer in {str(v) for m, v in values.items() if m in turn.question}
 
 
+def test_more_verdicts_go_by_their_own_rule() -> None:
+    rng, pools = np.random.default_rng(5), made_up_pools("train")
+    found: list[tuple[int, str]] = []
+    for _ in range(60):
+        example = LOOKUPS["surface"](rng, pools, 4)
+        kinds = [kind for kind in surface.NAMES if f"{kind}@" in example.scene]
+        pores = example.scene.count("pore@")
+        for turn in example.turns:
+            if turn.kind.startswith("surface/verdict"):
+                allowed = int(re.findall(r"\d+", turn.question)[0])
+                assert allowed != surface.ALLOWED["test"][0]  # never stated in training
+                assert turn.answer == ("OK" if set(kinds) <= {"pore"} and pores <= allowed else "NG")
+                found.append((allowed, turn.answer))
+    assert {allowed for allowed, _ in found} == set(surface.MORE_ALLOWED)
+    assert {answer for _, answer in found} == {"OK", "NG"}
+
+
+def test_steps_of_meters_are_those_of_their_scene() -> None:
+    rng, pools = np.random.default_rng(6), made_up_pools("train")
+    found = set()
+    for _ in range(80):
+        example = LOOKUPS["meters"](rng, pools, 2)
+        numbers = re.findall(r"\d+", example.scene)
+        for turn in example.turns:
+            found.add(turn.kind)
+            if turn.kind == "meters/one character":
+                place = int(re.findall(r"\d", turn.question)[0])
+                assert turn.answer == example.scene.removeprefix("label ")[place - 1]
+            elif turn.kind == "meters/tenths":
+                assert turn.answer == numbers[0][-1]
+            elif turn.kind == "meters/end of scale":
+                assert turn.answer == numbers[1]
+            elif turn.kind == "meters/read one of two":
+                is_lower = "lower" in turn.question or "下面" in turn.question
+                assert turn.answer == meters.written(int(numbers[is_lower]))
+    assert {"one character", "tenths", "end of scale", "read one of two"} <= {k.split("/")[1] for k in found}
+
+
 def test_charts_answer_by_their_values() -> None:
     for scene, turn in turns_of("charts", "charts/"):
         values = {m: int(v) for m, v in re.findall(r"(\w+)=(\d+)", scene)}
