@@ -1,9 +1,10 @@
 """How fast packed weights are multiplied: `python -m duomo.bench.kernels [--seconds 0.5] [--json FILE]`.
 
 Weights per second of one token through one matrix, the best of many rounds: in cache on one thread against
-our own int8 kernel, and from memory on all threads against a plain reader of as many bytes. Prefill is the
-same matrix under many tokens. `--head` times the 28B's head alone, at 8 and at 6 bits. Rounds of the things
-compared alternate, so that a noisy moment meets both.
+our own int8 kernel, and from memory on all threads against a plain reader of as many bytes, one matrix a call
+and a token's experts in one call, as decoding reads them. Prefill is the same matrix under many tokens.
+`--head` times the 28B's head alone, at 8 and at 6 bits. Rounds of the things compared alternate, so that a
+noisy moment meets both.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from duomo.kernels.weights import IntWeight, PackedWeight, TrellisWeight
 from duomo.trellis import LCC2_10, LCC2_12, LCC2_14, LCC4_12, TrellisBank, TrellisCode, int_tensor
 
 ROWS, COLUMNS = 3072, 2560  # gate and up of a text expert of VL-28B-A3B
+CHOSEN = 6  # experts of a token
 HEAD_ROWS = 103_424  # of its embeddings, which are its head
 CODES = (LCC2_10, LCC2_12, LCC2_14, LCC4_12)
 ISAS = ("avx512", "avx2", "portable", "neon")
 
 
-def random_bank(code: TrellisCode, count: int) -> TrellisWeight:
+def random_bank(code: TrellisCode, count: int, rows: int = ROWS, columns: int = COLUMNS) -> TrellisWeight:
     rng = np.random.default_rng(0)
-    codes = np.frombuffer(rng.bytes(count * ROWS * COLUMNS * code.bits // 8), np.uint8)
-    scale = np.full((count, ROWS), 0.02, np.float16)
-    return TrellisWeight(TrellisBank(code, codes.reshape(count, -1), scale, (count, ROWS, COLUMNS), 1))
+    codes = np.frombuffer(rng.bytes(count * rows * columns * code.bits // 8), np.uint8)
+    scale = np.full((count, rows), 0.02, np.float16)
+    return TrellisWeight(TrellisBank(code, codes.reshape(count, -1), scale, (count, rows, columns), 1))
 
 
 def random_integers(bits: int, rows: int = ROWS) -> IntWeight:
@@ -96,6 +98,30 @@ def measure_memory(code: TrellisCode, seconds: float, num_bytes: int = 1 << 29) 
     return _beside_reader(best_seconds({"product": all_matrices, "reader": read}, seconds), flat.nbytes)
 
 
+def measure_experts(code: TrellisCode, seconds: float, num_bytes: int = 1 << 29) -> dict[str, float]:
+    """The same for what decoding reads in one call: the experts that a token chose, gate, up and down."""
+    _native.set_isa("")
+    _native.set_num_threads(0)
+    count = num_bytes * 8 // code.bits // (ROWS * COLUMNS * 3 // 2) // CHOSEN * CHOSEN
+    gate_up, down = random_bank(code, count), random_bank(code, count, COLUMNS, ROWS // 2)
+    x, weights, out = torch.randn(1, COLUMNS), torch.full((1, CHOSEN), 1 / CHOSEN), torch.empty(1, COLUMNS)
+    ids = torch.randperm(count, generator=torch.Generator().manual_seed(0)).reshape(-1, 1, CHOSEN)
+
+    def all_experts() -> None:
+        for chosen in ids:
+            places = x.data_ptr(), chosen.data_ptr(), weights.data_ptr(), 1, CHOSEN, out.data_ptr()
+            _native.experts(gate_up.native, down.native, *places)
+
+    flat = [bank.stored.codes.reshape(-1) for bank in (gate_up, down)]
+
+    def read() -> None:
+        for codes in flat:
+            _native.read_all(codes)
+
+    num_read = sum(codes.nbytes for codes in flat)
+    return _beside_reader(best_seconds({"product": all_experts, "reader": read}, seconds), num_read)
+
+
 def measure_head(seconds: float) -> dict[str, dict[str, float]]:
     """The 28B's head for one token on all threads, at 8 and at 6 bits: ms, GB/s, the reader beside it."""
     _native.set_isa("")
@@ -142,6 +168,7 @@ def measure_all(seconds: float) -> dict[str, object]:
             figures[f"in cache, one thread, {isa} (G weights/s)"] = measure_cache(isa, seconds)
     for code in (LCC2_12, LCC4_12):
         figures[f"from memory, all threads, {code.name} (GB/s)"] = measure_memory(code, 4 * seconds)
+        figures[f"a token's experts, all threads, {code.name} (GB/s)"] = measure_experts(code, 4 * seconds)
     figures["512 tokens, all threads (G multiply-adds/s)"] = measure_prefill(seconds)
     return figures
 
