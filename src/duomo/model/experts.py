@@ -29,10 +29,7 @@ class MLP(nn.Module):
     def forward(
         self, hidden_TD: Tensor, batch: Batch | None = None, chosen_TK: Tensor | None = None
     ) -> Tensor:
-        if batch is None or batch.mixed_rows is None:
-            return self._run(hidden_TD)
-        rows = batch.mixed_rows
-        return torch.zeros_like(hidden_TD).index_copy(0, rows, self._run(hidden_TD.index_select(0, rows)))
+        return of_kept(self._run, None if batch is None else batch.mixed_rows, hidden_TD)
 
     def _run(self, hidden_TD: Tensor) -> Tensor:
         return self.down(kernels.gated(self.gate(hidden_TD), self.up(hidden_TD)))  # type: ignore[no-any-return]
@@ -88,7 +85,7 @@ class ExpertBank(nn.Module):
         def run(own_XD: Tensor, expert_ids_XK: Tensor, weights_XK: Tensor) -> Tensor:
             return kernels.experts(own_XD, expert_ids_XK, weights_XK, gate_up_EFD, down_EDF)
 
-        return of_kept(run, hidden_TD, routing, kept)
+        return of_kept(run, kept, hidden_TD, routing.expert_ids_TK, routing.weights_TK)
 
 
 def note_choice(expert_ids_TK: Tensor, chosen_TK: Tensor | None, rows: Tensor | None) -> None:
@@ -97,18 +94,12 @@ def note_choice(expert_ids_TK: Tensor, chosen_TK: Tensor | None, rows: Tensor | 
         chosen_TK[slice(None) if rows is None else rows] = expert_ids_TK
 
 
-def of_kept(
-    run: Callable[[Tensor, Tensor, Tensor], Tensor],
-    hidden_TD: Tensor,
-    routing: kernels.Routing,
-    kept: Tensor | None,
-) -> Tensor:
-    """`run` over tokens, their experts and weights: of all, or of the `kept` rows and zeros elsewhere."""
-    given = hidden_TD, routing.expert_ids_TK, routing.weights_TK
+def of_kept(run: Callable[..., Tensor], kept: Tensor | None, hidden_TD: Tensor, *others: Tensor) -> Tensor:
+    """`run` over tokens and what else has a row for each: of all, or of the `kept` rows, zeros elsewhere."""
     if kept is None:
-        return run(*given)
-    hidden_XD, expert_ids_XK, weights_XK = (x.index_select(0, kept) for x in given)
-    return torch.zeros_like(hidden_TD).index_copy(0, kept, run(hidden_XD, expert_ids_XK, weights_XK))
+        return run(hidden_TD, *others)
+    own = (x.index_select(0, kept) for x in (hidden_TD, *others))
+    return torch.zeros_like(hidden_TD).index_copy(0, kept, run(*own))
 
 
 class Experts(nn.Module):

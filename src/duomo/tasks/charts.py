@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from duomo.tasks.drawing import Canvas, noisy, tint, vivid
+from duomo.tasks.drawing import Canvas, ink_and_paper, noisy, vivid
 from duomo.tasks.pools import Pools
 from duomo.tasks.scene import Example, Language, Mark, Pixels, Turn, any_language, pick, split_of
 
@@ -173,8 +173,7 @@ def reckon(chart: Chart, language: Language) -> tuple[str, str]:
 def draw(rng: np.random.Generator, chart: Chart, name: str) -> tuple[Pixels, tuple[Mark, ...]]:
     """A style of its own each time; the scale ends above the highest value, so heights do not tell."""
     height, width = CANVAS_PX
-    is_plain = rng.random() < 0.25  # black on white, as programs draw
-    ink, paper = (tint(rng, 0, 12), (255, 255, 255)) if is_plain else (tint(rng, 10, 70), tint(rng, 235, 255))
+    ink, paper = ink_and_paper(rng, (10, 70), (235, 255))
     canvas = Canvas(height, width, paper)
     left, right, bottom = rng.uniform(17, 24), width - rng.uniform(4, 9), height - rng.uniform(16, 22)
     unit = (bottom - rng.uniform(15, 22)) / HIGHEST

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from duomo.tasks.drawing import Canvas, Tint, noisy, tint
+from duomo.tasks.drawing import Canvas, Tint, ink_and_paper, noisy
 from duomo.tasks.pools import Pools
 from duomo.tasks.scene import Example, Language, Mark, Pixels, Turn, any_language, pick, split_of
 
@@ -120,8 +120,7 @@ def reduce_aloud(circuit: Circuit, language: Language) -> tuple[str, str]:
 def draw(rng: np.random.Generator, circuit: Circuit, name: str) -> tuple[Pixels, tuple[Mark, ...]]:
     """Left to right: groups in series, branches above each other; sizes and strokes differ each time."""
     height, width = CANVAS_PX
-    is_plain = rng.random() < 0.25  # black on white, as programs draw
-    ink, paper = (tint(rng, 0, 12), (255, 255, 255)) if is_plain else (tint(rng, 5, 60), tint(rng, 232, 255))
+    ink, paper = ink_and_paper(rng, (5, 60), (232, 255))
     pen, marks = _Pen(Canvas(height, width, paper), ink, rng.uniform(0.8, 1.8), bool(rng.random() < 0.5)), []
     num_groups = len(circuit.groups)
     left = rng.uniform(5, 12 + 30 / num_groups)

@@ -55,6 +55,15 @@ def tint(rng: np.random.Generator, low: float, high: float) -> Tint:
     return tuple(int(v) for v in np.clip(grey + rng.uniform(-12, 12, size=3), 0, 255))
 
 
+def ink_and_paper(
+    rng: np.random.Generator, ink: tuple[float, float], paper: tuple[float, float]
+) -> tuple[Tint, Tint]:
+    """Greys of these ranges, or one time in four black on white, as programs draw."""
+    if rng.random() < 0.25:
+        return tint(rng, 0, 12), (255, 255, 255)
+    return tint(rng, *ink), tint(rng, *paper)
+
+
 def vivid(rng: np.random.Generator) -> Tint:
     """A colour that stands out from light paper."""
     hue = rng.permutation([rng.uniform(20, 90), rng.uniform(60, 150), rng.uniform(140, 220)])

@@ -71,7 +71,7 @@ def generate(rng: np.random.Generator, pools: Pools, num_lookups: int = 1) -> Ex
         if split_of(scene) == pools.split:
             break
     picture, marks = draw(rng, pools, defects, sheet, has_bead)
-    turns = [_verdict(rng, defects, allowed, is_ok, thinks) for thinks in (False, True)]
+    turns = [_verdict(rng, defects, allowed, thinks) for thinks in (False, True)]
     kinds = {kind for kind, _ in defects}
     language = any_language(rng)
     if len(kinds) < 2:
@@ -81,8 +81,7 @@ def generate(rng: np.random.Generator, pools: Pools, num_lookups: int = 1) -> Ex
     if len(thirds) == 1 and kinds != {"undercut"}:
         turns.append(Turn(pick(rng, WHERE[language]), PLACES[language][thirds.pop()], kind="surface/where"))
     for index in range(num_lookups - 1):
-        other = pick_number(rng, MORE_ALLOWED)
-        turns.append(_verdict(rng, defects, other, _passes(defects, other), thinks=index % 2 == 1))
+        turns.append(_verdict(rng, defects, pick_number(rng, MORE_ALLOWED), thinks=index % 2 == 1))
     return Example(tuple(turns), scene, picture, marks)
 
 
@@ -117,9 +116,7 @@ def _defects(rng: np.random.Generator, is_ok: bool, allowed: int) -> list[tuple[
     return sorted(found, key=lambda defect: defect[1])
 
 
-def _verdict(
-    rng: np.random.Generator, defects: list[tuple[str, int]], allowed: int, is_ok: bool, thinks: bool
-) -> Turn:
+def _verdict(rng: np.random.Generator, defects: list[tuple[str, int]], allowed: int, thinks: bool) -> Turn:
     language = any_language(rng)
     asked = pick(rng, VERDICT[language]).format(n=allowed)
     comma, stop = (", ", ". ") if language == "en" else ("，", "。")
@@ -129,7 +126,7 @@ def _verdict(
     rule = f"{named('pore', language)} {pores}{sign}{allowed}"
     said = f"{listed or named('clean', language)}{stop}{rule}{stop.strip()}"
     kind = "surface/verdict thinking" if thinks else "surface/verdict"
-    return Turn(asked, "OK" if is_ok else "NG", said if thinks else None, kind)
+    return Turn(asked, "OK" if _passes(defects, allowed) else "NG", said if thinks else None, kind)
 
 
 def draw(

@@ -5,6 +5,7 @@ The same sum as `kernels.experts`, which takes tensors instead; `tests/train/tes
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -33,8 +34,8 @@ def run_experts(
     """`kernels.experts` for banks that compute an expert by a call: pairs sorted by expert, one call each."""
     routing = bank.router(hidden_TD)
     note_choice(routing.expert_ids_TK, chosen_TK, rows)
-    num_experts = routing.logits_TE.shape[-1]
-    return of_kept(lambda *given: _run(bank, num_experts, *given), hidden_TD, routing, kept)
+    run = partial(_run, bank, routing.logits_TE.shape[-1])
+    return of_kept(run, kept, hidden_TD, routing.expert_ids_TK, routing.weights_TK)
 
 
 def _run(

@@ -12,9 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from duomo.train.recipe import Recipe
+
 _STEP = re.compile(r"(\w+) (\d+)/\d+ loss ([\d.]+) right ([\d.]+) %.* CPU ([\d.]+) min")
 _SCORE = re.compile(r"([a-z]+/[a-z ]+) (\d+)")
-_DENSE = ("vision", "eyes", "looking")  # these count cells, not words of answers
 _SHOWN = ("digits/read", "digits/sum thinking", "charts/value", "circuits/read", "clips/direction")
 _SHOWN_LATER = ("clips/event", "places/where", "surface/verdict", "meters/read display")
 _BUDGET_MINUTES = 720
@@ -42,7 +43,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
-    answers = [row for row in rows if row["stage"] not in _DENSE]
+    dense = {stage.name for stage in Recipe().stages if stage.is_dense}  # they count cells, not words
+    answers = [row for row in rows if row["stage"] not in dense]
     for stage in dict.fromkeys(row["stage"] for row in answers):
         own = [row for row in answers if row["stage"] == stage]
         above.plot([row["minutes"] for row in own], [row["right"] for row in own], label=stage)
