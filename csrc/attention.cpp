@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu.hpp"
+#include "memory.hpp"
 #include "pool.hpp"
 #include "rotate.hpp"
 
@@ -13,16 +14,6 @@ namespace {
 
 constexpr int64_t kTokens = 8;  // of an item
 constexpr int64_t kKeys = 32;   // widened at a time
-
-// A cache line of floats: vectors of them begin where a register's worth can be loaded at once.
-struct alignas(64) Line {
-    float values[16];
-};
-
-float* grown(std::vector<Line>& memory, int64_t count) {
-    if (int64_t(memory.size()) * 16 < count) memory.resize(size_t((count + 15) / 16));
-    return memory.data()->values;
-}
 
 float most_of(const float* x, int64_t count) {  // in 16 lanes, so that a loop becomes vectors
     float most[16];
@@ -48,7 +39,7 @@ struct Query {
 
     // Tokens [0, tokens) of one sequence, the query heads of one group.
     void attend(int64_t tokens, int64_t group) const {
-        static thread_local std::vector<Line> score_memory, block_memory;
+        static thread_local Memory<float> score_memory, block_memory;
         const AttentionKernels& kernels = attention_kernels();
         const int64_t width = key.head_dim, share = num_heads / key.groups, longest = num_keys[tokens - 1];
         const int64_t row_size = (longest + 15) / 16 * 16;

@@ -22,7 +22,7 @@ namespace {
 
 using namespace duomo;
 
-std::vector<float> copied(const Array<float>& signs, int64_t columns) {
+Memory<float> copied(const Array<float>& signs, int64_t columns) {
     if (signs.size() != 0 && int64_t(signs.size()) != columns) throw nb::value_error("one sign a column, or none");
     return {signs.data(), signs.data() + signs.size()};
 }
@@ -139,7 +139,7 @@ void run_rmsnorm(Address x, Address weight, float eps, int64_t tokens, int64_t w
 void run_rotate_quantize(Address x, Array<float> signs, int64_t tokens, int64_t columns, int block, Address q,
                          Address scale, Address sum) {
     check_block(columns, block);
-    const std::vector<float> own = copied(signs, columns);
+    const Memory<float> own = copied(signs, columns);
     for (int64_t t = 0; t < tokens; ++t)
         rotate_kernels().rotate_quantize(at<float>(x) + t * columns, own.empty() ? nullptr : own.data(), columns, block,
                                          at<int8_t>(q) + t * columns, at<float>(scale) + t * (columns / block),

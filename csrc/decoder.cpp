@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "bfloat16.hpp"
+#include "memory.hpp"
 #include "pool.hpp"
 #include "rotate.hpp"
 
@@ -12,27 +13,21 @@ namespace duomo {
 namespace {
 
 struct Workspace {
-    std::vector<float> key, value, delta;
-    std::vector<float> first, second;  // normed, then attended; query, then what the shared experts say
+    Memory<float> key, value, delta;
+    Memory<float> first, second;  // normed, then attended; query, then what the shared experts say
     // of one bank: its tokens, where not all of them, and their routing
     struct Routing {
-        std::vector<float> hidden, weights, out;
-        std::vector<int64_t> expert_ids;
+        Memory<float> hidden, weights, out;
+        Memory<int64_t> expert_ids;
     } banks[2];
     // of the wanted rows: what `StepTokens` has of all
     struct Wanted {
-        std::vector<float> hidden, normed, cos, sin;
-        std::vector<int64_t> sequence, num_keys, bank_rows[2], expert_ids;
+        Memory<float> hidden, normed, cos, sin;
+        Memory<int64_t> sequence, num_keys, bank_rows[2], expert_ids;
     } wanted;
 };
 
 constexpr int64_t kLargeStep = 1 << 18;  // floats of a step's hidden states from which memory is given back after it
-
-template <class T>
-T* grown(std::vector<T>& memory, int64_t count) {
-    if (int64_t(memory.size()) < count) memory.resize(size_t(count));
-    return memory.data();
-}
 
 // One head of one token into its slot, as the cache keeps it.
 void store_head(const float* x, int64_t width, Stored stored, void* data, float* scale, int64_t row) {
@@ -58,7 +53,7 @@ void add_rows(const float* x, int64_t count, float* out) {
 
 // Rows `rows[i]` of x, each of `width`, side by side.
 template <class T>
-const T* gather(const T* x, int64_t width, const int64_t* rows, int64_t count, std::vector<T>& memory) {
+const T* gather(const T* x, int64_t width, const int64_t* rows, int64_t count, Memory<T>& memory) {
     T* out = grown(memory, count * width);
     for (int64_t i = 0; i < count; ++i) std::copy_n(x + rows[i] * width, width, out + i * width);
     return out;
@@ -270,8 +265,8 @@ void run_decoder(const DecoderStack<Bank>& stack, const PagedStore& store, const
 
 void run_next(const DecoderStack<DenseBank>& stack, const Ends& ends, const PagedStore& store, const NextTokens& next) {
     static thread_local struct {
-        std::vector<float> hidden, out, cos, sin;
-        std::vector<int64_t> slots, rows, expert_ids;
+        Memory<float> hidden, out, cos, sin;
+        Memory<int64_t> slots, rows, expert_ids;
     } own;
     const int64_t count = next.sequences, width = stack.width, pairs = stack.head_dim / 2;
     float* hidden = grown(own.hidden, count * width);

@@ -5,6 +5,7 @@
 
 #include "bfloat16.hpp"
 #include "cpu.hpp"
+#include "memory.hpp"
 #include "pairs.hpp"
 #include "pool.hpp"
 #include "rotate.hpp"
@@ -29,14 +30,9 @@ int64_t item_tokens(const DenseProduct& p) {
     return (p.tokens + 4 * pieces - 1) / (4 * pieces) * 4;  // whole tiles of four
 }
 
-float* grown(std::vector<float>& memory, int64_t count) {
-    if (int64_t(memory.size()) < count) memory.resize(size_t(count));
-    return memory.data();
-}
-
 struct Workspace {
     Pairs pairs;
-    std::vector<float> first, middle, second;
+    Memory<float> first, middle, second;
 };
 
 using Products = std::vector<DenseProduct>;

@@ -12,16 +12,11 @@
 namespace duomo {
 namespace {
 
-float* grown(std::vector<float>& memory, int64_t count) {
-    if (int64_t(memory.size()) < count) memory.resize(size_t(count));
-    return memory.data();
-}
-
 // What one bank, or the MLP, needs between its products.
 struct Workspace {
     Pairs pairs;
     ActivationBuffer hidden, up_hidden, sorted, middle;
-    std::vector<float> first, swiglu, second;
+    Memory<float> first, swiglu, second;
 };
 
 // Products to be done side by side.
@@ -192,7 +187,7 @@ void linear_shared(const TrellisBank* const* banks, int64_t count, const float* 
 
 void route(const float* x, const float* router, const float* bias, int64_t tokens, int64_t width, int64_t num_experts,
            int64_t chosen, float norm_min, int64_t* expert_ids, float* weights) {
-    static thread_local std::vector<float> memory;
+    static thread_local Memory<float> memory;
     float* logits = grown(memory, (tokens + 1) * num_experts);
     float* biased = logits + tokens * num_experts;
     const RotateKernels& kernels = rotate_kernels();

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "memory.hpp"
 #include "packed.hpp"
 
 namespace duomo {
@@ -20,7 +21,7 @@ struct TrellisBank {
     float unit;
     int64_t count, rows, columns;
     int chain, block;
-    std::vector<float> signs;    // [columns], or empty: the inputs are not rotated
+    Memory<float> signs;    // [columns], or empty: the inputs are not rotated
 
     TrellisMatrix matrix(int64_t expert) const {
         return {&code, codes + expert * (rows * columns * code.bits / 8), row_scale + expert * rows, unit, rows,
@@ -31,7 +32,7 @@ struct TrellisBank {
 
 struct IntRows {
     IntMatrix matrix;
-    std::vector<float> signs;
+    Memory<float> signs;
     const float* signs_or_null() const { return signs.empty() ? nullptr : signs.data(); }
 };
 
@@ -59,9 +60,9 @@ public:
 
 private:
     void resize(int64_t tokens, int64_t columns, int block);
-    std::vector<int8_t> q_;
-    std::vector<float> scale_;
-    std::vector<int32_t> sum_;
+    Memory<int8_t> q_;
+    Memory<float> scale_;
+    Memory<int32_t> sum_;
 };
 
 // down(silu(gate x) * up x): one MLP of single matrices. A bank is packed (above) or plain (dense.hpp).

@@ -134,6 +134,14 @@ void run_products(Results& results) {
                                y.data());
                         results.add(y);
                     }
+    for (int64_t rows : {1024, 7040}) {  // which two threads share by halves, and in runs
+        const OwnedBank own = random_bank(random_code(2, 12, 64), 1, rows, 384, 1, 128);
+        const auto x = random_rows(384);
+        ActivationBuffer buffer;
+        std::vector<float> y(static_cast<size_t>(rows));
+        linear(own.bank.matrix(0), buffer.fill(x.data(), own.bank.signs.data(), 1, 384, 128), y.data());
+        results.add(y);
+    }
     for (int64_t rows : {1, 16, 77})
         for (int64_t tokens : {0, 1, 7, 29}) {
             for (const auto& [bits, columns, block] : {std::array{8, 48, 16}, {8, 192, 64}, {8, 256, 128}, {6, 48, 16},

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "experts.hpp"
+#include "memory.hpp"
 #include "pairs.hpp"
 #include "pool.hpp"
 #include "rotate.hpp"
@@ -19,11 +20,6 @@ constexpr int64_t kScratchFloats = 1 << 19;  // of gate and up together that a t
 constexpr int64_t kTermFloats = 1 << 20;     // of down's products over all pairs: 4 MB
 constexpr int64_t kStep = 128;               // columns of the middle: whole panels, and whole blocks of any rotation
 constexpr int64_t kItemsPerThread = 4;       // at least, so that threads end together
-
-float* grown(std::vector<float>& memory, int64_t count) {
-    if (int64_t(memory.size()) < count) memory.resize(size_t(count));
-    return memory.data();
-}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -92,7 +88,7 @@ void begin_mlp(const Mlp<TrellisBank>& own, const float* x, int64_t tokens, Part
 
 // The first pass of one item: some columns of silu(gate x) * up x, rounded into the middle.
 void fill_middle(const Item& item) {
-    static thread_local std::vector<float> memory;
+    static thread_local Memory<float> memory;
     static thread_local ActivationBuffer gathered;
     Part& part = *item.part;
     const TrellisBank& down = *part.down;
@@ -131,7 +127,7 @@ void multiply_middle(const Item& item) {
 struct Kept {
     Part parts[3];  // two banks and the MLP
     std::vector<Item> items;
-    std::vector<float> terms;
+    Memory<float> terms;
 };
 thread_local Kept kept;
 

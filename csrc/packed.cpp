@@ -2,10 +2,13 @@
 #include "packed.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "cpu.hpp"
+#include "memory.hpp"
 #include "pool.hpp"
 
 namespace duomo {
@@ -13,15 +16,14 @@ namespace {
 
 constexpr int64_t kTokenGroup = 24;     // tokens whose accumulators share the first-level cache: 6 KB and 6 KB
 constexpr int64_t kPanelInputs = 4096;  // of a panel at a time: 256 KB, a quarter of a second-level cache
-constexpr int64_t kFewRows = 1536;      // whose sums of four tokens are 24 KB
+constexpr int64_t kFewSums = 6144;      // of rows and tokens together: 24 KB
 constexpr int64_t kItemBytes = 2 << 20, kLeastItemBytes = 64 << 10;  // of weights, that one thread takes at a time
 
-// Thread-local scratch that grows and is never given back: no allocation once a thread is warm.
+// This thread's own, by number.
 template <class T, int which>
 T* scratch(int64_t count) {
-    static thread_local std::vector<T> memory;
-    if (int64_t(memory.size()) < count) memory.resize(size_t(count));
-    return memory.data();
+    static thread_local Memory<T> memory;
+    return grown(memory, count);
 }
 
 // Without a branch, so that a loop over rows becomes vectors: 2^112 moves the exponent's bias, subnormals too.
@@ -100,27 +102,33 @@ void multiply_group(const PackedKernels& kernels, const Matrix& matrix, const Ac
 template <class Matrix>
 void multiply_panels(const Matrix& matrix, const Activations& x, int64_t first, int64_t count, float* y,
                      int64_t y_stride) {
+    if (x.tokens == 0) return;
     const PackedKernels& kernels = packed_kernels();
+    const int64_t half_size = x.tokens * kPanelRows, blocks = matrix.columns / matrix.block;
     uint8_t* panel = scratch<uint8_t, 0>(std::min(matrix.columns, kPanelInputs) * kPanelRows);
-    float* sums = scratch<float, 0>(x.tokens * kPanelRows);
+    float* sums = scratch<float, 0>(kHalves * half_size);
     // A panel of one group's tokens is used once: then a block of it, 8 KB, never leaves the first-level cache.
     const int64_t most = x.tokens <= kTokenGroup ? matrix.block : kPanelInputs;
     for (int64_t row = first; row < first + count; row += kPanelRows) {
-        std::fill_n(sums, x.tokens * kPanelRows, 0.0f);
-        for (int64_t input = 0; input < matrix.columns; input += most) {
-            const int64_t inputs = std::min(most, matrix.columns - input);
-            fill_panel(kernels, matrix, row, input, inputs, panel);
-            for (int64_t t = 0; t < x.tokens; t += kTokenGroup)
-                multiply_group(kernels, matrix, x, panel, input, inputs, t, std::min(kTokenGroup, x.tokens - t),
-                               sums + t * kPanelRows);
+        std::fill_n(sums, kHalves * half_size, 0.0f);
+        for (int half = 0; half < kHalves; ++half) {
+            const int64_t end = begin_of_half(half + 1, blocks) * matrix.block;
+            for (int64_t input = begin_of_half(half, blocks) * matrix.block; input < end; input += most) {
+                const int64_t inputs = std::min(most, end - input);
+                fill_panel(kernels, matrix, row, input, inputs, panel);
+                for (int64_t t = 0; t < x.tokens; t += kTokenGroup)
+                    multiply_group(kernels, matrix, x, panel, input, inputs, t, std::min(kTokenGroup, x.tokens - t),
+                                   sums + half * half_size + t * kPanelRows);
+            }
         }
         const int64_t rows = std::min<int64_t>(kPanelRows, first + count - row);
         float multiplier[kPanelRows];
         std::fill_n(multiplier, rows, 1.0f);
         scale_rows(multiplier, matrix.row_scale + row, unit_of(matrix), rows);
         for (int64_t t = 0; t < x.tokens; ++t) {
+            const float* sum = sums + t * kPanelRows;
             float* out = y + t * y_stride + row - first;
-            for (int64_t n = 0; n < rows; ++n) out[n] = sums[t * kPanelRows + n] * multiplier[n];
+            for (int64_t n = 0; n < rows; ++n) out[n] = (sum[n] + sum[half_size + n]) * multiplier[n];
         }
     }
 }
@@ -135,25 +143,6 @@ int32_t dot_row(const IntMatrix& matrix, const uint8_t* codes, const int8_t* q) 
     return sum;
 }
 
-// One token: decoded and multiplied in registers, a block of inputs at a time.
-void multiply_one(const TrellisMatrix& matrix, const Activations& x, int64_t first, int64_t count, float* y) {
-    const PackedKernels& kernels = packed_kernels();
-    const int64_t tile_rows = 16 * matrix.code->phases, stride = matrix.rows / tile_rows * 256;
-    const int64_t tile = first / tile_rows, per_block = matrix.block / kBlockInputs;
-    int32_t* acc = scratch<int32_t, 0>(count);
-    Start starts[8];
-    const int64_t blocks = matrix.columns / matrix.block;
-    std::fill_n(y, count, 0.0f);
-    std::fill_n(acc, count, -kernels.trellis_offset * x.sum[0]);
-    for (int64_t b = 0; b < blocks; ++b) {
-        for (int64_t i = 0; i < per_block; ++i) starts[i] = start_of(matrix, b * per_block + i, tile);
-        kernels.accumulate(*matrix.code, matrix.codes + b * per_block * stride + tile * 256, stride, starts, per_block,
-                           count / tile_rows, x.q + b * matrix.block, acc);
-        kernels.flush(acc, x.scale[b], count, y, b + 1 < blocks ? -kernels.trellis_offset * x.sum[b + 1] : 0);
-    }
-    scale_rows(y, matrix.row_scale + first, matrix.unit, count);
-}
-
 void multiply_one(const IntMatrix& matrix, const Activations& x, int64_t first, int64_t count, float* y) {
     const PackedKernels& kernels = packed_kernels();
     DotRows* const dot = is_int8(matrix) ? kernels.dot_int8 : kernels.dot_int6;
@@ -162,94 +151,155 @@ void multiply_one(const IntMatrix& matrix, const Activations& x, int64_t first, 
     for (int64_t row = 0; row < count; row += 16) {
         const int64_t rows = std::min<int64_t>(16, count - row);
         alignas(64) int32_t sums[16] = {};
-        alignas(64) float out[16] = {};
-        for (int64_t b = 0; b < blocks; ++b) {
-            const int8_t* q = x.q + b * matrix.block;
-            const uint8_t* codes = matrix.at(first + row, b * matrix.block);
-            const int32_t start = -offset * x.sum[b];
-            if (rows == 16)
-                dot(codes, stride, matrix.block, q, start, sums);
-            else
-                for (int64_t r = 0; r < rows; ++r) sums[r] = dot_row(matrix, codes + r * stride, q);
-            kernels.flush(sums, x.scale[b], 16, out, 0);
-        }
-        std::copy_n(out, rows, y + row);
+        alignas(64) float out[kHalves][16] = {};
+        for (int half = 0; half < kHalves; ++half)
+            for (int64_t b = begin_of_half(half, blocks); b < begin_of_half(half + 1, blocks); ++b) {
+                const int8_t* q = x.q + b * matrix.block;
+                const uint8_t* codes = matrix.at(first + row, b * matrix.block);
+                const int32_t start = -offset * x.sum[b];
+                if (rows == 16)
+                    dot(codes, stride, matrix.block, q, start, sums);
+                else
+                    for (int64_t r = 0; r < rows; ++r) sums[r] = dot_row(matrix, codes + r * stride, q);
+                kernels.flush(sums, x.scale[b], 16, out[half], 0);
+            }
+        for (int64_t r = 0; r < rows; ++r) y[row + r] = out[0][r] + out[1][r];
     }
     scale_rows(y, matrix.row_scale + first, 1.0f, count);
 }
 
-// A few tokens likewise, up to kFewTokens together, in runs of rows whose sums of so many stay in the first-level cache.
-void multiply_few(const TrellisMatrix& matrix, const Activations& x, int64_t first, int64_t count, float* y,
-                  int64_t y_stride) {
+// Rows whose sums of so many tokens stay in the first-level cache.
+int64_t run_of(int64_t tokens) { return kFewSums / std::min<int64_t>(tokens, kFewTokens) / kPanelRows * kPanelRows; }
+
+// One half's sums of a run of rows for a few tokens, y[T][rows]: decoded and multiplied in registers, a block of inputs
+// at a time.
+void multiply_half(const TrellisMatrix& matrix, const Activations& x, int half, int64_t first, int64_t rows, float* y,
+                   int64_t y_stride) {
     const PackedKernels& kernels = packed_kernels();
     const int64_t tile_rows = 16 * matrix.code->phases, stride = matrix.rows / tile_rows * 256;
+    const int64_t tile = first / tile_rows, tiles = rows / tile_rows;
     const int64_t blocks = matrix.columns / matrix.block, per_block = matrix.block / kBlockInputs;
-    int32_t* acc = scratch<int32_t, 0>(x.tokens * kFewRows);
+    const int64_t begin = begin_of_half(half, blocks), end = begin_of_half(half + 1, blocks);
+    int32_t* acc = scratch<int32_t, 0>(x.tokens * rows);
     Start starts[8];
-    for (int64_t row = 0; row < count; row += kFewRows) {
-        const int64_t rows = std::min(kFewRows, count - row), tile = (first + row) / tile_rows;
-        const auto start = [&](int64_t t, int64_t b) { return -kernels.trellis_offset * x.sum[t * blocks + b]; };
-        for (int64_t t = 0; t < x.tokens; ++t) {
-            std::fill_n(y + t * y_stride + row, rows, 0.0f);
-            std::fill_n(acc + t * rows, rows, start(t, 0));
+    const auto start = [&](int64_t t, int64_t b) { return b < end ? -kernels.trellis_offset * x.sum[t * blocks + b] : 0; };
+    for (int64_t t = 0; t < x.tokens; ++t) {
+        std::fill_n(y + t * y_stride, rows, 0.0f);
+        std::fill_n(acc + t * rows, rows, start(t, begin));
+    }
+    for (int64_t b = begin; b < end; ++b) {
+        for (int64_t i = 0; i < per_block; ++i) starts[i] = start_of(matrix, b * per_block + i, tile);
+        const uint8_t* line = matrix.codes + b * per_block * stride + tile * 256;
+        for (int64_t t = 0; t < x.tokens; t += kFewTokens) {
+            const int64_t together = std::min<int64_t>(kFewTokens, x.tokens - t);
+            const int8_t* q = x.q + t * matrix.columns + b * matrix.block;
+            if (together == 1)
+                kernels.accumulate(*matrix.code, line, stride, starts, per_block, tiles, q, acc + t * rows);
+            else
+                kernels.accumulate_few(*matrix.code, line, stride, starts, per_block, tiles, q, matrix.columns,
+                                       together, acc + t * rows, rows);
+            for (int64_t i = t; i < t + together; ++i)
+                kernels.flush(acc + i * rows, x.scale[i * blocks + b], rows, y + i * y_stride, start(i, b + 1));
         }
-        for (int64_t b = 0; b < blocks; ++b) {
-            for (int64_t i = 0; i < per_block; ++i) starts[i] = start_of(matrix, b * per_block + i, tile);
-            const uint8_t* line = matrix.codes + b * per_block * stride + tile * 256;
-            for (int64_t t = 0; t < x.tokens; t += kFewTokens) {
-                const int64_t together = std::min<int64_t>(kFewTokens, x.tokens - t);
-                kernels.accumulate_few(*matrix.code, line, stride, starts, per_block, rows / tile_rows,
-                                       x.q + t * matrix.columns + b * matrix.block, matrix.columns, together,
-                                       acc + t * rows, rows);
-                for (int64_t i = t; i < t + together; ++i)
-                    kernels.flush(acc + i * rows, x.scale[i * blocks + b], rows, y + i * y_stride + row,
-                                  b + 1 < blocks ? start(i, b + 1) : 0);
-            }
-        }
-        for (int64_t t = 0; t < x.tokens; ++t)
-            scale_rows(y + t * y_stride + row, matrix.row_scale + first + row, matrix.unit, rows);
     }
 }
 
-template <class Matrix>
-void multiply_rows(const Matrix& matrix, const Activations& x, int64_t first, int64_t count, float* y,
+// Whether a product is taken in registers, half by half.
+bool goes_by_halves(int64_t tokens) {
+    return tokens == 1 || (1 < tokens && tokens <= 2 * kFewTokens && packed_kernels().accumulate_few);
+}
+
+// Whether threads share it so. With more tokens than one the work is less the reading than the products, and threads
+// that take rows have no sums to hand each other.
+bool is_cut_by_halves(const TrellisMatrix& matrix, int64_t tokens) { return tokens == 1 && matrix.columns > matrix.block; }
+bool is_cut_by_halves(const IntMatrix&, int64_t) { return false; }
+
+// y[row] = (y[row] + second[row]) * multiplier
+void join_halves(const TrellisMatrix& matrix, int64_t first, int64_t rows, const float* second, float* y) {
+    for (int64_t n = 0; n < rows; ++n) y[n] += second[n];
+    scale_rows(y, matrix.row_scale + first, matrix.unit, rows);
+}
+
+void multiply_rows(const TrellisMatrix& matrix, const Activations& x, int64_t first, int64_t count, float* y,
                    int64_t y_stride) {
-    if (x.tokens == 1)
-        return multiply_one(matrix, x, first, count, y);
-    if constexpr (std::is_same_v<Matrix, TrellisMatrix>)
-        if (x.tokens <= 2 * kFewTokens && packed_kernels().accumulate_few)
-            return multiply_few(matrix, x, first, count, y, y_stride);
-    if (x.tokens > 1) multiply_panels(matrix, x, first, count, y, y_stride);
+    if (!goes_by_halves(x.tokens)) return multiply_panels(matrix, x, first, count, y, y_stride);
+    const int64_t run = run_of(x.tokens);
+    float* second = scratch<float, 1>(x.tokens * std::min(run, count));
+    for (int64_t row = 0; row < count; row += run) {
+        const int64_t rows = std::min(run, count - row);
+        multiply_half(matrix, x, 0, first + row, rows, y + row, y_stride);
+        multiply_half(matrix, x, 1, first + row, rows, second, rows);
+        for (int64_t t = 0; t < x.tokens; ++t)
+            join_halves(matrix, first + row, rows, second + t * rows, y + row + t * y_stride);
+    }
+}
+
+void multiply_rows(const IntMatrix& matrix, const Activations& x, int64_t first, int64_t count, float* y,
+                   int64_t y_stride) {
+    if (x.tokens == 1) return multiply_one(matrix, x, first, count, y);
+    multiply_panels(matrix, x, first, count, y, y_stride);
 }
 
 int64_t bytes_of(const TrellisMatrix& matrix) { return matrix.rows * matrix.columns * matrix.code->bits / 8; }
 int64_t bytes_of(const IntMatrix& matrix) { return matrix.rows * matrix.bytes_of(matrix.columns); }
 
-// How many items a matrix becomes, where `total` bytes are read side by side. Few: at every end of a run of rows the
-// hardware has already fetched lines of a neighbour's (4 bits, one thread from memory: 30 GB/s of whole column blocks,
-// 27 of halves, 24 of quarters). More threads need more items, to end together.
+// How many items a matrix becomes, where `total` bytes are read side by side. Few: with each a stream of memory begins
+// anew (a token's experts in quarters, to end together, went slower). More threads need more items.
 int64_t pieces_of(int64_t num_bytes, int64_t total, int64_t panels) {
     const int64_t threads = num_threads(), each = total / (threads <= 2 ? threads : 3 * threads);
     return std::min(panels, 1 + (num_bytes - 1) / std::clamp<int64_t>(each, kLeastItemBytes, kItemBytes));
 }
 
-// Several products, the pieces of one after those of another.
+// A matrix as items: runs of rows, each whole or in two halves.
+struct Cut {
+    int64_t runs;
+    int halves;
+    int64_t first_item, first_run, first_sum;  // where its own begin among all items, runs and sums of second halves
+};
+
+// Several products, the items of one after those of another.
 template <class Matrix>
 void multiply_each(const Matrix* matrices, const Activations* x, float* const* y, int64_t count) {
-    static thread_local std::vector<int64_t> memory;  // where each matrix's items begin, and the end
-    memory.assign(size_t(count) + 1, 0);
-    int64_t total = 0;
+    static thread_local std::vector<Cut> cut_memory;
+    static thread_local std::vector<uint8_t> done_memory;
+    cut_memory.clear();
+    int64_t total = 0, items = 0, runs = 0, sums = 0;
     for (int64_t i = 0; i < count; ++i) total += bytes_of(matrices[i]);
     const auto panels_of = [&](int64_t i) { return (matrices[i].rows + kPanelRows - 1) / kPanelRows; };
-    for (int64_t i = 0; i < count; ++i)
-        memory[size_t(i) + 1] = memory[size_t(i)] + pieces_of(bytes_of(matrices[i]), total, panels_of(i));
-    const int64_t* begin = memory.data();  // this thread's, also inside the bodies
-    parallel(begin[count], [&](int64_t item) {
-        const int64_t i = std::upper_bound(begin, begin + count, item) - begin - 1;
-        const int64_t pieces = begin[i + 1] - begin[i], piece = item - begin[i], panels = panels_of(i);
-        const int64_t first = panels * piece / pieces * kPanelRows;
-        const int64_t last = std::min(matrices[i].rows, panels * (piece + 1) / pieces * kPanelRows);
-        multiply_rows(matrices[i], x[i], first, last - first, y[i] + first, matrices[i].rows);
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t pieces = pieces_of(bytes_of(matrices[i]), total, panels_of(i));
+        const int halves = pieces > 1 && is_cut_by_halves(matrices[i], x[i].tokens) ? kHalves : 1;
+        const Cut cut = {(pieces + halves - 1) / halves, halves, items, runs, sums};
+        cut_memory.push_back(cut);
+        items += cut.runs * halves;
+        runs += cut.runs;
+        if (halves > 1) sums += matrices[i].rows;
+    }
+    done_memory.assign(size_t(runs), 0);
+    // This thread's, also inside the bodies.
+    const Cut* const cuts = cut_memory.data();
+    uint8_t* const done = done_memory.data();
+    float* const second_halves = scratch<float, 2>(sums);
+    parallel(items, [&, cuts, done, second_halves](int64_t item) {
+        const auto comes_after = [](int64_t value, const Cut& cut) { return value < cut.first_item; };
+        const int64_t i = std::upper_bound(cuts, cuts + count, item, comes_after) - cuts - 1;
+        const Matrix& matrix = matrices[i];
+        const Cut& cut = cuts[i];
+        const int64_t run = (item - cut.first_item) / cut.halves, panels = panels_of(i);
+        const int64_t first = panels * run / cut.runs * kPanelRows;
+        const int64_t rows = std::min(matrix.rows, panels * (run + 1) / cut.runs * kPanelRows) - first;
+        float* out = y[i] + first;
+        if (cut.halves == 1) return multiply_rows(matrix, x[i], first, rows, out, matrix.rows);
+        if constexpr (std::is_same_v<Matrix, TrellisMatrix>) {
+            float* second = second_halves + cut.first_sum + first;
+            const int half = (item - cut.first_item) % cut.halves;
+            for (int64_t row = 0; row < rows; row += run_of(1))
+                multiply_half(matrix, x[i], half, first + row, std::min(rows - row, run_of(1)),
+                              (half ? second : out) + row, 0);
+            // Whoever ends later finds the other's sums.
+            if (std::atomic_ref(done[cut.first_run + run]).fetch_add(1, std::memory_order_acq_rel))
+                join_halves(matrix, first, rows, second, out);
+        }
     });
 }
 

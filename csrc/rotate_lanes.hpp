@@ -47,8 +47,11 @@ void rotate_quantize(const float* x, const float* signs, int64_t columns, int bl
             const F32x16 size = v[i] < 0.0f ? -v[i] : v[i];
             most = size > most ? size : most;
         }
-        float peak = 0.0f;
-        for (int lane = 0; lane < 16; ++lane) peak = most[lane] > peak ? most[lane] : peak;
+        for (int half = 8; half >= 1; half /= 2) {
+            const F32x16 other = __builtin_shuffle(most, kIndex ^ half);
+            most = other > most ? other : most;
+        }
+        const float peak = most[0];
         // Below 1e-30, 127 / peak could overflow: such a block counts as zero.
         const bool is_zero = !(peak > 1e-30f);
         const float inverse = is_zero ? 0.0f : 127.0f / peak;
@@ -60,8 +63,8 @@ void rotate_quantize(const float* x, const float* signs, int64_t columns, int bl
             std::memcpy(q + first + 16 * i, &narrow, sizeof narrow);
             total += rounded;
         }
-        sum[b] = 0;
-        for (int lane = 0; lane < 16; ++lane) sum[b] += total[lane];
+        for (int half = 8; half >= 1; half /= 2) total += __builtin_shuffle(total, kIndex ^ half);
+        sum[b] = total[0];
     }
 }
 

@@ -20,11 +20,6 @@ constexpr float kLog2e = 1.44269504f;
 template <class Element>
 constexpr int64_t kTogether = 4 / int64_t(sizeof(Element));  // columns or keys that fill a lane
 
-float* grown(std::vector<float>& memory, int64_t count) {
-    if (int64_t(memory.size()) < count) memory.resize(size_t(count));
-    return memory.data();
-}
-
 // x[rows][columns] through a matrix: y[rows][matrix.rows], without the bias.
 void multiply(VisionScratch& scratch, const float* x, int64_t rows, const IntRows& own, float* y) {
     const IntMatrix& matrix = own.matrix;
@@ -89,7 +84,7 @@ void in_chunks(int64_t patches, Body&& body) {
 }
 
 // A stage of the resampler for a chunk.
-void merge(const VisionMerge& own, const float* x, int64_t rows, std::vector<float>& memory, float* out) {
+void merge(const VisionMerge& own, const float* x, int64_t rows, Memory<float>& memory, float* out) {
     const int64_t size = own.fc1->rows, width = own.fc2->rows;
     float* wide = grown(memory, rows * size);
     multiply(x, rows, *own.fc1, wide);
@@ -299,7 +294,7 @@ void run_tower(const VisionStack<DenseBank>& stack, const VisionEnds& ends, cons
 void run_resampler(const Resampler& own, const float* blocks, int64_t num_blocks, const int64_t* earlier,
                    const int64_t* later, int64_t tokens, float* out) {
     const int64_t width = own.spatial.fc2->rows;
-    std::vector<float> wide, merged(size_t(num_blocks * width)), pairs, joined;
+    Memory<float> wide, merged(size_t(num_blocks * width)), pairs, joined;
     in_chunks(num_blocks, [&](int64_t first, int64_t rows) {
         merge(own.spatial, blocks + first * own.spatial.fc1->columns, rows, wide, merged.data() + first * width);
     });

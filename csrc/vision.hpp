@@ -18,6 +18,7 @@
 
 #include "dense.hpp"
 #include "experts.hpp"
+#include "memory.hpp"
 
 namespace duomo {
 
@@ -138,7 +139,7 @@ private:
 // Memory of one pass through the tower: it grows to what the pictures need, and goes with its owner.
 struct VisionScratch {
     ActivationBuffer activations;
-    std::vector<float> normed, wide, attended;
+    Memory<float> normed, wide, attended;
     FrameAttention<uint16_t> rounded_attention;
     FrameAttention<float> wide_attention;
 };

@@ -236,14 +236,19 @@ def test_an_mlp_of_many_tokens_has_the_bits_of_few(isa, middle):
     assert torch.equal(cpu.packed_mlp(x, *weights), torch.cat(few))
 
 
-def test_threads_do_not_change_a_bit():
-    weight, x = TrellisWeight(random_matrix("lcc2-12", 640, 128)), inputs(7, 128)
-    results = []
-    for count in (1, 2, 3):
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens"),
+    [(640, 128, 7), (1024, 640, 1), (2048, 1024, 1), (1024, 640, 3)],
+    ids=["rows", "halves of five blocks", "runs of rows in halves", "rows of a few tokens"],
+)
+def test_threads_do_not_change_a_bit(isa, rows, columns, tokens):
+    weight, x = TrellisWeight(random_matrix("lcc2-12", rows, columns)), inputs(tokens, columns)
+    expected = reference.packed_linear(x, weight)
+    for count in (1, 2, 3, 7):
         native.set_num_threads(count)
-        results.append(cpu.packed_linear(x, weight))
-    native.set_num_threads(0)
-    assert all(torch.equal(result, results[0]) for result in results)
+        result = cpu.packed_linear(x, weight)
+        native.set_num_threads(0)
+        assert torch.equal(result, expected), f"{count} threads"
 
 
 def test_the_product_is_near_the_decoded_matrix():

@@ -1,10 +1,12 @@
 """Products over packed weights: the specification that the native kernels match bit for bit.
 
-y[t, n] = multiplier[n] * sum over blocks b of scale[t, b] * (integer sum over block b of level * q)
+y[t, n] = multiplier[n] * (half 0 + half 1)
+half    = sum over the blocks b of half a row of scale[t, b] * (integer sum over block b of level * q)
 
-The activations are rotated and rounded to int8, one scale a block; blocks are added in rising order, one
-multiplication and one addition at a time in fp32. An integer sum stays below 127 * 127 * 128 = 2.1 million,
-which fp32 holds exactly, so the plain float product below is exact whatever order it adds in.
+The activations are rotated and rounded to int8, one scale a block; a half is added up in rising order, one
+multiplication and one addition at a time in fp32, and an odd block in the middle belongs to the first. An
+integer sum stays below 127 * 127 * 128 = 2.1 million, which fp32 holds exactly, so the plain float product
+below is exact whatever order it adds in.
 """
 
 from __future__ import annotations
@@ -67,11 +69,13 @@ def packed_linear(x: Tensor, weight: PackedWeight, index: int = 0) -> Tensor:
 def _product(x_TK: Tensor, weight: PackedWeight, index: int) -> Tensor:
     q, scale = quantize_activations(x_TK, weight.signs, weight.block)
     levels = weight.levels(index).to(x_TK.device).float()
-    out = torch.zeros(x_TK.shape[0], weight.rows, device=x_TK.device)
-    for block in range(scale.shape[-1]):
+    num_blocks = scale.shape[-1]
+    halves = torch.zeros(2, x_TK.shape[0], weight.rows, device=x_TK.device)
+    for block in range(num_blocks):
         inputs = slice(block * weight.block, (block + 1) * weight.block)
-        out = out + scale[:, block, None] * (q[:, inputs].float() @ levels[:, inputs].T)
-    return out * weight.multiplier(index).to(x_TK.device)
+        half = halves[int(2 * block >= num_blocks)]
+        half += scale[:, block, None] * (q[:, inputs].float() @ levels[:, inputs].T)
+    return (halves[0] + halves[1]) * weight.multiplier(index).to(x_TK.device)
 
 
 def packed_experts(
