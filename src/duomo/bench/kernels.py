@@ -1,10 +1,10 @@
 """How fast packed weights are multiplied: `python -m duomo.bench.kernels [--seconds 0.5] [--json FILE]`.
 
 Weights per second of one token through one matrix, the best of many rounds: in cache on one thread against
-our own int8 kernel, and from memory on all threads against a plain reader of as many bytes, one matrix a call
-and a token's experts in one call, as decoding reads them. Prefill is the same matrix under many tokens.
-`--head` times the 28B's head alone, at 8 and at 6 bits. Rounds of the things compared alternate, so that a
-noisy moment meets both.
+our own int8 kernel. From memory, on all threads: one matrix a call and a token's experts in one call, as
+decoding reads them, each round beside one of a plain reader of as many bytes; medians, and the median of the
+rounds' shares, since what memory gives changes within seconds. Prefill is the same matrix under many tokens.
+`--head` times the 28B's head alone, at 8 and at 6 bits.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ISAS = ("avx512", "avx2", "portable", "neon")
 
 def random_bank(code: TrellisCode, count: int, rows: int = ROWS, columns: int = COLUMNS) -> TrellisWeight:
     rng = np.random.default_rng(0)
-    codes = np.frombuffer(rng.bytes(count * rows * columns * code.bits // 8), np.uint8)
+    codes = rng.integers(0, 256, count * rows * columns * code.bits // 8, np.uint8)
     scale = np.full((count, rows), 0.02, np.float16)
     return TrellisWeight(TrellisBank(code, codes.reshape(count, -1), scale, (count, rows, columns), 1))
 
@@ -95,7 +95,7 @@ def measure_memory(code: TrellisCode, seconds: float, num_bytes: int = 1 << 29) 
     def read() -> None:
         _native.read_all(flat)
 
-    return _beside_reader(best_seconds({"product": all_matrices, "reader": read}, seconds), flat.nbytes)
+    return beside_reader(all_matrices, read, flat.nbytes, seconds)
 
 
 def measure_experts(code: TrellisCode, seconds: float, num_bytes: int = 1 << 29) -> dict[str, float]:
@@ -118,33 +118,40 @@ def measure_experts(code: TrellisCode, seconds: float, num_bytes: int = 1 << 29)
         for codes in flat:
             _native.read_all(codes)
 
-    num_read = sum(codes.nbytes for codes in flat)
-    return _beside_reader(best_seconds({"product": all_experts, "reader": read}, seconds), num_read)
+    return beside_reader(all_experts, read, sum(codes.nbytes for codes in flat), seconds)
 
 
 def measure_head(seconds: float) -> dict[str, dict[str, float]]:
     """The 28B's head for one token on all threads, at 8 and at 6 bits: ms, GB/s, the reader beside it."""
     _native.set_isa("")
     _native.set_num_threads(0)
-    calls: dict[str, Callable[[], object]] = {}
-    num_bytes = {}
+    found = {}
     for bits in (8, 6):
         weight = random_integers(bits, HEAD_ROWS)
         flat = weight.stored.codes.view(np.uint8).reshape(-1)
-        calls[f"{bits} bits"] = partial(product(weight), 0)
-        calls[f"{bits} bits, reader"] = partial(_native.read_all, flat)
-        num_bytes[f"{bits} bits"] = flat.nbytes
-    best = best_seconds(calls, seconds)
+        row = beside_reader(partial(product(weight), 0), partial(_native.read_all, flat), flat.nbytes, seconds)
+        found[f"{bits} bits"] = {"ms": flat.nbytes / row["product"] / 1e6} | row
+    return found
+
+
+def beside_reader(
+    multiply: Callable[[], object], read: Callable[[], object], num_bytes: int, seconds: float
+) -> dict[str, float]:
+    """GB/s of both at the median of rounds in which they take turns, for `seconds` in all; and of the shares."""
+    rows = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        times = [time.perf_counter()]
+        for call in (multiply, read):
+            call()
+            times.append(time.perf_counter())
+        rows.append(np.diff(times))
+    product_s, reader_s = np.asarray(rows).T
     return {
-        name: {"ms": 1e3 * best[name]}
-        | _beside_reader({"product": best[name], "reader": best[f"{name}, reader"]}, count)
-        for name, count in num_bytes.items()
+        "product": float(num_bytes / np.median(product_s) / 1e9),
+        "reader": float(num_bytes / np.median(reader_s) / 1e9),
+        "share": float(np.median(reader_s / product_s)),
     }
-
-
-def _beside_reader(best: dict[str, float], num_bytes: int) -> dict[str, float]:
-    out = {name: num_bytes / value / 1e9 for name, value in best.items()}
-    return out | {"share": out["product"] / out["reader"]}
 
 
 def measure_prefill(seconds: float, tokens: int = 512) -> dict[str, float]:
