@@ -129,7 +129,9 @@ def measure_head(seconds: float) -> dict[str, dict[str, float]]:
     for bits in (8, 6):
         weight = random_integers(bits, HEAD_ROWS)
         flat = weight.stored.codes.view(np.uint8).reshape(-1)
-        row = beside_reader(partial(product(weight), 0), partial(_native.read_all, flat), flat.nbytes, seconds)
+        row = beside_reader(
+            partial(product(weight), 0), partial(_native.read_all, flat), flat.nbytes, seconds
+        )
         found[f"{bits} bits"] = {"ms": flat.nbytes / row["product"] / 1e6} | row
     return found
 
