@@ -27,10 +27,14 @@ struct LineAllocator {
 template <class T>
 using Memory = std::vector<T, LineAllocator<T>>;
 
-// Room for `count` values; what they are is whatever they were.
+// Room for `count` values, whatever they are. Not a value more, and what was too small goes before: a vector that grows
+// by itself holds twice what was asked for, and both while it copies.
 template <class T>
 T* grown(Memory<T>& memory, int64_t count) {
-    if (int64_t(memory.size()) < count) memory.resize(size_t(count));
+    if (int64_t(memory.size()) < count) {
+        memory = {};
+        memory.resize(size_t(count));
+    }
     return memory.data();
 }
 

@@ -15,7 +15,7 @@ import torch
 
 from duomo.checkpoints import load_model
 from duomo.checkpoints.inventory import VISION_PARTS
-from duomo.checkpoints.pages import PAGE, Range, cached_bytes, drop, file_mappings, let_go
+from duomo.checkpoints.pages import PAGE, Range, cached_bytes, drop, file_mappings, let_go, mapped_bytes
 from duomo.checkpoints.pressure import is_short_of_memory
 from duomo.checkpoints.residency import PRESSED_IDLE_S, Residency
 from duomo.model import BankConfig, Ernie, VisionConfig
@@ -103,6 +103,22 @@ def test_a_picture_brings_them_in_and_idleness_lets_them_go(model: Ernie) -> Non
     assert set(residency.let_go_idle(60)) == set(VISION_PARTS)
     assert all(resident(residency, part) == 0 for part in VISION_PARTS)
     assert residency.let_go_idle(60) == []
+
+
+def test_routers_of_pictures_go_with_their_experts(tmp_path: Path) -> None:
+    synthesize(CONFIG, tmp_path)
+    model = load_model(tmp_path, is_read_only=True)
+    residency, calls = Residency(model), []
+    residency.after_letting_go = lambda: calls.append("now")
+    routers = residency.pools["vision experts"].plain
+    look(model)
+    assert (mapped_bytes(routers) or 0) > 0
+    before = model.logits(PICTURE, [Span(2, Grid(1, 4, 4))], torch.zeros(16, 588))
+    residency.let_go_idle(0.0)
+    assert mapped_bytes(routers) == 0
+    residency.let_go_idle(0.0)
+    assert calls == ["now"]
+    assert torch.equal(before, model.logits(PICTURE, [Span(2, Grid(1, 4, 4))], torch.zeros(16, 588)))
 
 
 def test_letting_go_changes_no_answer(model: Ernie) -> None:

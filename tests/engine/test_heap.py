@@ -66,14 +66,14 @@ def test_threads_leave_little_behind():
 _LOADED = """
 import re, torch
 from duomo.checkpoints.pages import library_code
-from duomo.engine.heap import return_large_pieces, settle_after_loading
+from duomo.engine.heap import give_back_unused, return_large_pieces
 
 def kib(name):
     return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 before, x = kib("RssFile"), torch.arange(6.0)
 assert sum(item.num_bytes for item in library_code()) > 1 << 20
-settle_after_loading()
+give_back_unused()
 after = kib("RssFile")
 assert torch.equal(x.sort(descending=True).values, x.flip(0))  # code comes back
 return_large_pieces()

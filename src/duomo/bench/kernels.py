@@ -139,7 +139,7 @@ def measure_head(seconds: float) -> dict[str, dict[str, float]]:
 def beside_reader(
     multiply: Callable[[], object], read: Callable[[], object], num_bytes: int, seconds: float
 ) -> dict[str, float]:
-    """GB/s of both at the median of rounds in which they take turns, for `seconds` in all; and of the shares."""
+    """GB/s of both at the median of rounds in which they take turns, and of the rounds' shares."""
     rows = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:

@@ -36,10 +36,11 @@ PRESSED_IDLE_S = 10.0
 
 @dataclass
 class Pool:
-    """The packed weights of one part."""
+    """The packed weights of one part; `plain` is what else of the file only they need, such as a router."""
 
     name: str
     ranges: list[Range] = field(default_factory=list)
+    plain: list[Range] = field(default_factory=list)
     last_used: float | None = None
 
     @property
@@ -48,10 +49,11 @@ class Pool:
 
 
 class Residency:
-    """Of one packed model. Plain weights (routers, norms, biases) are ordinary memory and not counted.
+    """Of one packed model. Plain weights (routers, norms, biases) are not counted.
 
-    `clock` and `is_pressed` are for tests. Methods may be called from any thread: they read counts and give
-    advice.
+    `after_letting_go` is called when pools have gone: less of the process is in use then than just its
+    weights. `clock` and `is_pressed` are for tests. Methods may be called from any thread: they read counts
+    and give advice.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Residency:
         self.hot: HotExperts | None = None  # under a cap
         self.cap_bytes: int | None = None
         self.num_let_go = 0
+        self.after_letting_go: Callable[[], None] = lambda: None
         self._held_at: float | None = None
         self._held: dict[str, int] = {}
         for name, module in model.named_modules():
@@ -76,6 +79,8 @@ class Residency:
                 self.pools.setdefault(part, Pool(part)).ranges.append(Range.of(array))
             if isinstance(module, PackedExperts):
                 self._watch_bank(name, module)
+                plain = (x.detach().numpy() for x in module.router.parameters())
+                self.pools[part].plain += [Range.of(array) for array in plain]
         # Loading read headers, plain tensors and a piece or two more; none of it is needed any longer.
         let_go(whole_files(item for pool in self.pools.values() for item in pool.ranges))
         if model.vision_tower is not None:
@@ -99,9 +104,11 @@ class Residency:
             if pool and pool.last_used is not None and self._clock() - pool.last_used >= idle_s:
                 pool.last_used = None
                 if not (self.hot and part in EXPERT_PARTS):  # there the cap decides
-                    let_go(pool.ranges)
+                    let_go(pool.ranges + pool.plain)
                 gone.append(part)
         self.num_let_go += len(gone)
+        if gone:
+            self.after_letting_go()
         return gone
 
     def cap(self, cap_bytes: int, is_strict: bool = False) -> HotExperts:

@@ -67,8 +67,8 @@ def _set_glibc(parameter: int, value: int) -> None:
         libc.mallopt(parameter, value)
 
 
-def settle_after_loading() -> None:
-    """What loading needed goes back: free pages, and code of libraries, which is read again where it is run.
+def give_back_unused() -> None:
+    """After loading, or pictures: free pages, and code of libraries, which is read again where it is run.
 
     Half of what torch's libraries hold after loading is never run again.
     """

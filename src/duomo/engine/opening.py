@@ -12,7 +12,7 @@ from duomo.checkpoints.inventory import take_inventory
 from duomo.checkpoints.residency import residency_of
 from duomo.checkpoints.settings import settle
 from duomo.engine.engine import Engine, build_engine
-from duomo.engine.heap import return_large_pieces, settle_after_loading
+from duomo.engine.heap import give_back_unused, return_large_pieces
 from duomo.engine.runner import ModelRunner
 from duomo.engine.vocabulary import Vocabulary
 from duomo.errors import ConfigError
@@ -84,6 +84,7 @@ def open_engine(
     )
     runner.residency = residency_of(model)
     if runner.residency is not None:
+        runner.residency.after_letting_go = give_back_unused
         runner.residency.keep(weights_idle_s)
         if weights_cap_bytes is not None:
             runner.set_cap(weights_cap_bytes)
@@ -98,7 +99,7 @@ def open_engine(
         has_prefix_cache=has_prefix_cache,
         num_drafts=num_drafts,
     )
-    settle_after_loading()
+    give_back_unused()
     return engine, config
 
 
