@@ -1,5 +1,6 @@
 #include "code.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -70,17 +71,20 @@ bool complete_basis(int m, Masks& vectors, uint8_t (&vector_of)[128]) {
 // Phase p's short way, from the maps of this byte, the one before and the one before that; false where it has none.
 bool shorten(TrellisCode& code, int p, const Masks (&masks)[3]) {
     const bool is_late = p >= code.phases / 2;
-    const int m = code.is_wide ? 7 : 6, other = is_late ? 1 : 0, shift = is_late ? 0 : 4;
+    const bool is_reaching = std::any_of(masks[2], masks[2] + 8, [](uint8_t mask) { return mask; });
+    if (is_late && is_reaching) return false;
+    const int m = code.is_wide ? 7 : 6, other = is_late ? 1 : 0;
+    const int shift = is_late ? 0 : is_reaching ? reaching_shift(code.bits, p) : 4;
     Masks vectors = {}, own = {};
-    code.short_mask[p] = 0;
-    for (int bit = 0; bit < 8; ++bit) {
-        if (image(masks[2], 1 << bit)) return false;
-        const uint8_t v = image(masks[other], 1 << bit);
-        if (!v) continue;
-        if (bit < shift || bit >= m + shift) return false;
-        vectors[bit - shift] = v;
-        code.short_mask[p] |= uint8_t(1 << (bit - shift));
-    }
+    for (int bit = 0; bit < 8; ++bit)
+        for (const int age : {other, 2}) {
+            const uint8_t v = image(masks[age], 1 << bit);
+            const int place = age == 2 ? bit : bit - shift;
+            if (!v) continue;
+            if (place < 0 || place >= m || (vectors[place] && vectors[place] != v)) return false;
+            vectors[place] = v;
+            code.short_mask[p] |= uint8_t(1 << place);
+        }
     uint8_t vector_of[128], coordinates[128];
     if (!complete_basis(m, vectors, vector_of)) return false;
     for (int n = 0; n < 1 << m; ++n) coordinates[vector_of[n]] = uint8_t(n);
@@ -124,7 +128,7 @@ TrellisCode make_code(int bits, int window, const uint8_t* columns, int num_leve
             code.matrix[phase][age] = affine_operand(masks[age]);
             fill_nibbles(masks[age], code.nibble[phase][age]);
         }
-        if (phase >= code.reach2) code.is_short = code.is_short && shorten(code, phase, masks);
+        code.is_short = code.is_short && shorten(code, phase, masks);
     }
     return code;
 }

@@ -17,8 +17,10 @@
 //     index'(p) = S[p] * byte[a]  ^  (other & mask[p])        looked up in short_level[p]
 //
 // Late phases see all of this byte and little of the one before: a = 0, other = byte[-1]. Early ones see of this byte
-// only its high nibble: a = -1, other = byte >> 4. It takes independent columns and few enough bits; the shipped codes
-// of windows up to 12 have both.
+// only its high nibble: a = -1, other = byte >> 4. Where the window reaches two bytes back, what both ends see of their
+// bytes is little: other = byte >> shift ^ byte[-2], the earliest symbols of the one over the latest of the other. It
+// takes independent columns, but the same ones where bits meet, and few enough bits; the shipped codes of windows up to
+// 12 have all of it, since their newest and oldest columns are the same.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +34,7 @@ struct TrellisCode {
     uint64_t matrix[4][3];    // [phase][age of the byte], in the operand order of gf2p8affineqb
     uint8_t nibble[4][3][2][16];  // the same maps as tables: [phase][age][low, high nibble]
     bool is_wide;             // more than 64 levels
-    bool is_short;            // phases reach2 .. phases-1 can go the short way, each in a basis of its own
+    bool is_short;            // every phase can go the short way, each in a basis of its own
     uint64_t short_matrix[4];
     uint8_t short_mask[4];
     uint8_t short_nibble[4][2][16];  // S as tables
@@ -40,6 +42,9 @@ struct TrellisCode {
     // Codebook value + 64 of each index, 1..127: unsigned, and vpmaddubsw cannot saturate. Fewer levels are repeated.
     uint8_t level[128];
 };
+
+// How far a reaching phase's symbols of this byte are shifted down.
+constexpr int reaching_shift(int bits, int phase) { return 8 - bits * (phase + 1); }
 
 // Columns: `window` integers below `num_levels`, newest bit first; codebook in [-63, 63]. Throws on anything else.
 TrellisCode make_code(int bits, int window, const uint8_t* columns, int num_levels, const int8_t* codebook);

@@ -4,14 +4,14 @@
 // `gf2p8affineqb` maps 64 bytes to 64 hash bytes, `vpermb` looks all 64 up in the codebook register, `vpdpbusd`
 // multiplies them by four inputs broadcast to all rows.
 //
-// Three kinds of phases. The short ones (code.hpp) cost one affine and one `vpternlog`, which masks the byte that needs
-// no matrix and adds it. Of the others, phase p needs p+1 symbols of this byte and only L/B - p - 5 (2 bits; L/B - p - 3
-// at 4 bits) of the byte two back, at most a byte's worth together, and the first lie in its high bits, the second in
-// its low bits: one `vpternlog` merges the two bytes under a mask, and one matrix, the sum of both, maps the merged byte.
-// The third see no byte two back and need no merging. So lcc2-12 takes 5 affines, 4 lookups, 4 products and 6 logic
-// operations for 256 weights, lcc4-12 half of 4, 4, 4 and 5. On Zen 4 affines and products share two pipes, lookups one
-// of these and a third, a 512-bit operation holds its pipe for two cycles: 9.5 cycles at best, 12.6 measured (14.7
-// before phases went short).
+// A short phase (code.hpp) costs one affine and one `vpternlog`, which masks the byte that needs no matrix and adds it;
+// one that reaches two bytes back, a shift and an addition more. Where a code has no short phases, phase p needs p+1
+// symbols of this byte and only L/B - p - 5 (2 bits; L/B - p - 3 at 4 bits) of the byte two back, at most a byte's
+// worth together, and the first lie in its high bits, the second in its low bits: one `vpternlog` merges the two bytes
+// under a mask, and one matrix, the sum of both, maps the merged byte beside that of the byte between. So lcc2-12 takes
+// 4 affines, 4 lookups, 4 products and 7 other operations for 256 weights, lcc4-12 half of 4, 4, 4 and 5. On Zen 4
+// affines and products share two pipes, lookups one of these and a third, a 512-bit operation holds its pipe for two
+// cycles: 9.5 cycles at best, 11.7 measured (14.7 before phases went short, 12.2 while the reaching one did not).
 #include "packed_shapes.hpp"
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__GFNI__)
@@ -48,9 +48,10 @@ struct Decoder {
 
     explicit Decoder(const TrellisCode& code) {
         for (int p = 0; p < phases; ++p) {
-            levels_low[p] = load(Shape::goes_short(p) ? code.short_level[p] : code.level);
-            levels_high[p] = load((Shape::goes_short(p) ? code.short_level[p] : code.level) + 64);
-            if (Shape::goes_short(p)) {
+            const uint8_t* const levels = Shape::is_short ? code.short_level[p] : code.level;
+            levels_low[p] = load(levels);
+            levels_high[p] = load(levels + 64);
+            if (Shape::is_short) {
                 near_u8[p] = _mm512_set1_epi64(int64_t(code.short_matrix[p]));
                 merge_u8[p] = _mm512_set1_epi8(char(code.short_mask[p]));
                 continue;
@@ -64,11 +65,15 @@ struct Decoder {
 
     template <int p>
     __m512i index_of(__m512i now, __m512i back1, __m512i back2) const {
-        if constexpr (Shape::goes_short(p)) {
-            constexpr bool is_late = p >= phases / 2;
+        if constexpr (Shape::is_short) {
+            constexpr bool is_late = p >= phases / 2, is_reaching = p < Shape::reach2;
+            constexpr int shift = is_reaching ? reaching_shift(8 / phases, p) : 4;
             const __m512i mapped = _mm512_gf2p8affine_epi64_epi8(is_late ? now : back1, near_u8[p], 0);
-            const __m512i other = is_late ? back1 : _mm512_srli_epi16(now, 4);
-            return _mm512_ternarylogic_epi64(mapped, other, merge_u8[p], 0x78);  // mapped ^ (other & mask)
+            const __m512i other = is_late ? back1 : _mm512_srli_epi16(now, shift);
+            if (!is_reaching)
+                return _mm512_ternarylogic_epi64(mapped, other, merge_u8[p], 0x78);  // mapped ^ (other & mask)
+            const __m512i both = _mm512_ternarylogic_epi64(other, back2, merge_u8[p], 0x28);  // (other ^ back2) & mask
+            return _mm512_xor_si512(mapped, both);
         }
         // now where the mask is set, else back2
         const __m512i seen = p < Shape::reach2 ? _mm512_ternarylogic_epi64(merge_u8[p], now, back2, 0xCA) : now;
