@@ -164,16 +164,16 @@ def measure(model: Ernie, options: argparse.Namespace, bytes_per_token: int) -> 
     single.append(decode_rate(one, options.prompt, options.tokens))
     after = read_bytes_per_s()
     bandwidth = max(before, after)
-    best = max(single)
+    rate = single[-1]  # in the first some experts are brought into memory
     return {
         **facts,
-        "decode_tokens_per_s": best,
+        "decode_tokens_per_s": rate,
         "decode_tokens_per_s_rounds": single,
         "read_bytes_per_s": bandwidth,
         "read_bytes_per_s_before_and_after": [before, after],
         "bytes_per_token": bytes_per_token,
         "bound_tokens_per_s": bandwidth / bytes_per_token,
-        "share_of_bound": best * bytes_per_token / bandwidth,
+        "share_of_bound": rate * bytes_per_token / bandwidth,
         **({"profile": profile(one, min(options.tokens, 16))} if options.profile else {}),
     }
 

@@ -86,11 +86,14 @@ def measure_memory(code: TrellisCode, seconds: float, num_bytes: int = 1 << 29) 
     _native.set_num_threads(0)
     count = num_bytes * 8 // code.bits // (ROWS * COLUMNS)
     weight = random_bank(code, count)
-    run, flat = product(weight), weight.stored.codes.reshape(-1)
+    flat = weight.stored.codes.reshape(-1)
+    x, y = torch.randn(1, COLUMNS), torch.empty(1, ROWS)
+    places = x.data_ptr(), 1, y.data_ptr()
+    calls = [partial(weight.native.linear, index, *places) for index in range(count)]
 
     def all_matrices() -> None:
-        for index in range(count):
-            run(index)
+        for call in calls:
+            call()
 
     def read() -> None:
         _native.read_all(flat)
