@@ -29,6 +29,12 @@ class PackedDecoder(OneCallDecoder):
             if isinstance(parent, DecoderLayer | Experts)
             for name, module in parent._modules.items()
         ]
+        # By number of their layer: asking modules for modules takes half a millisecond of the 28B's step.
+        self._banks = [
+            (index, layer.mlp.text, layer.mlp.vision)
+            for index, layer in enumerate(self.layers)
+            if isinstance(layer.mlp, Experts)
+        ]
 
     def _fused_for(self, hidden_TD: Tensor) -> FusedDecoder | None:
         """Every layer must be as it was built: an adapter puts modules of its own there for a pass."""
@@ -40,14 +46,18 @@ class PackedDecoder(OneCallDecoder):
         return FusedDecoder(sizes_of(self.config), self.norm.weight, self._weights)
 
     def _tell_listeners(self, expert_ids_LTK: Tensor, batch: Batch) -> None:
-        for layer, chosen_TK in zip(self.layers, expert_ids_LTK, strict=True):
-            if not isinstance(layer.mlp, Experts):
-                continue
-            is_single = layer.mlp.vision is None or not batch.vision_rows.numel()
-            for bank, rows in ((layer.mlp.text, batch.text_rows), (layer.mlp.vision, batch.vision_rows)):
-                if isinstance(bank, PackedExperts) and bank.listener is not None and rows.numel():
-                    told_TK = chosen_TK if is_single else chosen_TK[rows]
-                    bank.listener(told_TK[told_TK[:, 0] >= 0] if layer is self.layers[-1] else told_TK)
+        has_text, has_pictures = batch.text_rows.numel() > 0, batch.vision_rows.numel() > 0
+        last = expert_ids_LTK.shape[0] - 1
+        for index, text, vision in self._banks:
+            for bank, rows, is_asked in (
+                (text, batch.text_rows, has_text),
+                (vision, batch.vision_rows, has_pictures),
+            ):
+                if is_asked and isinstance(bank, PackedExperts) and bank.listener is not None:
+                    told_TK = expert_ids_LTK[index]
+                    if vision is not None and has_pictures:
+                        told_TK = told_TK[rows]
+                    bank.listener(told_TK[told_TK[:, 0] >= 0] if index == last else told_TK)
 
 
 def fusible(decoder: Decoder, config: ModelConfig) -> list[LayerWeights] | None:
