@@ -93,11 +93,11 @@ const RotateKernels& rotate_kernels() {
     }
 }
 
-void ActivationBuffer::resize(int64_t tokens, int64_t columns, int block) {
-    const size_t values = size_t(tokens * columns), blocks = values / size_t(block);
-    if (q_.size() < values + 64) q_.resize(values + 64);
-    if (scale_.size() < blocks) scale_.resize(blocks);
-    if (sum_.size() < blocks) sum_.resize(blocks);
+void ActivationBuffer::reserve(int64_t tokens, int64_t columns, int block) {
+    const int64_t values = tokens * columns, blocks = values / block;
+    grown(q_, values + 64);
+    grown(scale_, blocks);
+    grown(sum_, blocks);
 }
 
 void ActivationBuffer::set_part(int64_t row, int64_t first, int64_t count, const float* x, const float* signs,
@@ -108,7 +108,7 @@ void ActivationBuffer::set_part(int64_t row, int64_t first, int64_t count, const
 }
 
 Activations ActivationBuffer::fill(const float* x, const float* signs, int64_t tokens, int64_t columns, int block) {
-    resize(tokens, columns, block);
+    reserve(tokens, columns, block);
     const int64_t group = 8, items = (tokens + group - 1) / group;
     parallel(items, [&](int64_t item) {
         for (int64_t t = item * group; t < std::min(tokens, (item + 1) * group); ++t)
@@ -119,7 +119,7 @@ Activations ActivationBuffer::fill(const float* x, const float* signs, int64_t t
 
 Activations ActivationBuffer::gather(const Activations& from, int64_t columns, int block, const int64_t* rows,
                                      int64_t count) {
-    resize(count, columns, block);
+    reserve(count, columns, block);
     const int64_t blocks = columns / block;
     for (int64_t i = 0; i < count; ++i) {
         std::copy_n(from.q + rows[i] * columns, columns, q_.data() + i * columns);

@@ -42,7 +42,7 @@ public:
     // Rotates and quantizes x[T][columns], on the pool.
     Activations fill(const float* x, const float* signs, int64_t tokens, int64_t columns, int block);
     // The same a row at a time, by whichever thread has it: `reserve`, then `set` every row, then `view`.
-    void reserve(int64_t tokens, int64_t columns, int block) { resize(tokens, columns, block); }
+    void reserve(int64_t tokens, int64_t columns, int block);
     void set(int64_t row, const float* x, const float* signs, int64_t columns, int block) {
         set_part(row, 0, columns, x, signs, columns, block);
     }
@@ -59,7 +59,6 @@ public:
     Activations gather(const Activations& from, int64_t columns, int block, const int64_t* rows, int64_t count);
 
 private:
-    void resize(int64_t tokens, int64_t columns, int block);
     Memory<int8_t> q_;
     Memory<float> scale_;
     Memory<int32_t> sum_;

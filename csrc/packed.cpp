@@ -105,10 +105,11 @@ void multiply_panels(const Matrix& matrix, const Activations& x, int64_t first, 
     if (x.tokens == 0) return;
     const PackedKernels& kernels = packed_kernels();
     const int64_t half_size = x.tokens * kPanelRows, blocks = matrix.columns / matrix.block;
-    uint8_t* panel = scratch<uint8_t, 0>(std::min(matrix.columns, kPanelInputs) * kPanelRows);
-    float* sums = scratch<float, 0>(kHalves * half_size);
     // A panel of one group's tokens is used once: then a block of it, 8 KB, never leaves the first-level cache.
-    const int64_t most = x.tokens <= kTokenGroup ? matrix.block : kPanelInputs;
+    const int64_t longest = std::min(begin_of_half(1, blocks) * matrix.block, kPanelInputs);
+    const int64_t most = x.tokens <= kTokenGroup ? matrix.block : longest;
+    uint8_t* panel = scratch<uint8_t, 0>(most * kPanelRows);
+    float* sums = scratch<float, 0>(kHalves * half_size);
     for (int64_t row = first; row < first + count; row += kPanelRows) {
         std::fill_n(sums, kHalves * half_size, 0.0f);
         for (int half = 0; half < kHalves; ++half) {
