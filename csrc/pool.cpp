@@ -110,7 +110,7 @@ private:
 
 std::mutex turn;  // one parallel piece at a time
 Pool* pool = nullptr;
-std::atomic<int> wanted{0};
+std::atomic<int> threads_{0};  // 0: not asked yet
 
 // A forked child has none of the parent's threads: it forgets the pool and makes its own when it needs one.
 void forget() {
@@ -118,19 +118,18 @@ void forget() {
     new (&turn) std::mutex;
 }
 
-int resolved() {
-    const int count = wanted.load(std::memory_order_relaxed);
-    return count > 0 ? count : allowed_cores();
-}
-
 }  // namespace
 
-int num_threads() { return resolved(); }
+int num_threads() {
+    int count = threads_.load(std::memory_order_relaxed);
+    if (count == 0) threads_.store(count = allowed_cores(), std::memory_order_relaxed);
+    return count;
+}
 
-void set_num_threads(int count) { wanted.store(count > 0 ? count : 0, std::memory_order_relaxed); }
+void set_num_threads(int count) { threads_.store(count > 0 ? count : 0, std::memory_order_relaxed); }
 
 void parallel(int64_t count, void (*body)(void*, int64_t), void* context) {
-    const int threads = resolved();
+    const int threads = num_threads();
     if (count <= 1 || threads == 1 || is_inside) {
         for (int64_t item = 0; item < count; ++item) body(context, item);
         return;

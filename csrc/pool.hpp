@@ -11,7 +11,7 @@
 
 namespace duomo {
 
-// Threads in use, the caller included. `set_num_threads(0)` takes the cores this process may run on.
+// Threads in use, the caller included. `set_num_threads(0)` takes the cores this process may run on, asked for once.
 int num_threads();
 void set_num_threads(int count);
 
