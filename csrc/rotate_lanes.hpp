@@ -8,14 +8,17 @@
 
 namespace {
 
+// A sign as an exclusive or: a cycle where a product takes four.
+inline F32x16 flip(F32x16 v, I32x16 sign) { return F32x16(I32x16(v) ^ sign); }
+
 template <int half>
 inline F32x16 butterfly(F32x16 v) {
     // Lane i pairs with i ^ half; the higher of the two gets the difference.
-    const F32x16 sign = __builtin_convertvector((kIndex & half) == 0, F32x16) * -2.0f - 1.0f;
-    return __builtin_shuffle(v, kIndex ^ half) + v * sign;
+    return __builtin_shuffle(v, kIndex ^ half) + flip(v, ((kIndex & half) != 0) & INT32_MIN);
 }
 
-inline void transform(F32x16* v, int vectors, float norm) {
+template <int vectors>
+inline void transform(F32x16* v, float norm) {
     for (int i = 0; i < vectors; ++i) v[i] = butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(v[i]))));
     for (int half = 1; half < vectors; half *= 2)
         for (int i = 0; i < vectors; ++i)
@@ -27,44 +30,58 @@ inline void transform(F32x16* v, int vectors, float norm) {
     for (int i = 0; i < vectors; ++i) v[i] = v[i] * norm;
 }
 
+inline F32x16 larger(F32x16 a, F32x16 b) { return b > a ? b : a; }
+
 // block ** -0.5 rounded to float, as numpy rounds it.
 inline float norm_of(int block) {
     return block == 128 ? 0.08838834764831845f : block == 64 ? 0.125f : block == 32 ? 0.17677669529663687f : 0.25f;
 }
 
+// A block of 16 * vectors inputs, all of it in registers.
+template <int vectors, bool is_rotated>
+inline void rotate_block(const float* x, const float* signs, int8_t* q, float* scale, int32_t* sum) {
+    F32x16 v[vectors], size[vectors];
+    for (int i = 0; i < vectors; ++i) v[i] = load(x + 16 * i);
+    if constexpr (is_rotated) {
+        for (int i = 0; i < vectors; ++i) v[i] = v[i] * load(signs + 16 * i);
+        transform<vectors>(v, norm_of(16 * vectors));
+    }
+    for (int i = 0; i < vectors; ++i) size[i] = F32x16(I32x16(v[i]) & INT32_MAX);
+    for (int half = vectors / 2; half >= 1; half /= 2)
+        for (int i = 0; i < half; ++i) size[i] = larger(size[i], size[i + half]);
+    for (int half = 8; half >= 1; half /= 2) size[0] = larger(size[0], __builtin_shuffle(size[0], kIndex ^ half));
+    const float peak = size[0][0];
+    // Below 1e-30, 127 / peak could overflow: such a block counts as zero.
+    const bool is_zero = !(peak > 1e-30f);
+    const float inverse = is_zero ? 0.0f : 127.0f / peak;
+    *scale = is_zero ? 0.0f : peak / 127.0f;
+    I32x16 total = {};
+    for (int i = 0; i < vectors; ++i) {
+        const I32x16 rounded = __builtin_convertvector(round_even(v[i] * inverse), I32x16);
+        const I8x16 narrow = __builtin_convertvector(rounded, I8x16);
+        std::memcpy(q + 16 * i, &narrow, sizeof narrow);
+        total += rounded;
+    }
+    for (int half = 8; half >= 1; half /= 2) total += __builtin_shuffle(total, kIndex ^ half);
+    *sum = total[0];
+}
+
+template <int vectors>
+void rotate_blocks(const float* x, const float* signs, int64_t columns, int8_t* q, float* scale, int32_t* sum) {
+    for (int64_t first = 0; first < columns; first += 16 * vectors, ++scale, ++sum)
+        if (signs)
+            rotate_block<vectors, true>(x + first, signs + first, q + first, scale, sum);
+        else
+            rotate_block<vectors, false>(x + first, nullptr, q + first, scale, sum);
+}
+
 void rotate_quantize(const float* x, const float* signs, int64_t columns, int block, int8_t* q, float* scale,
                      int32_t* sum) {
-    const int vectors = block / 16;
-    for (int64_t first = 0, b = 0; first < columns; first += block, ++b) {
-        F32x16 v[8];
-        for (int i = 0; i < vectors; ++i) v[i] = load(x + first + 16 * i);
-        if (signs) {
-            for (int i = 0; i < vectors; ++i) v[i] = v[i] * load(signs + first + 16 * i);
-            transform(v, vectors, norm_of(block));
-        }
-        F32x16 most = all(0.0f);
-        for (int i = 0; i < vectors; ++i) {
-            const F32x16 size = v[i] < 0.0f ? -v[i] : v[i];
-            most = size > most ? size : most;
-        }
-        for (int half = 8; half >= 1; half /= 2) {
-            const F32x16 other = __builtin_shuffle(most, kIndex ^ half);
-            most = other > most ? other : most;
-        }
-        const float peak = most[0];
-        // Below 1e-30, 127 / peak could overflow: such a block counts as zero.
-        const bool is_zero = !(peak > 1e-30f);
-        const float inverse = is_zero ? 0.0f : 127.0f / peak;
-        scale[b] = is_zero ? 0.0f : peak / 127.0f;
-        I32x16 total = {};
-        for (int i = 0; i < vectors; ++i) {
-            const I32x16 rounded = __builtin_convertvector(round_even(v[i] * inverse), I32x16);
-            const I8x16 narrow = __builtin_convertvector(rounded, I8x16);
-            std::memcpy(q + first + 16 * i, &narrow, sizeof narrow);
-            total += rounded;
-        }
-        for (int half = 8; half >= 1; half /= 2) total += __builtin_shuffle(total, kIndex ^ half);
-        sum[b] = total[0];
+    switch (block) {
+        case 128: return rotate_blocks<8>(x, signs, columns, q, scale, sum);
+        case 64: return rotate_blocks<4>(x, signs, columns, q, scale, sum);
+        case 32: return rotate_blocks<2>(x, signs, columns, q, scale, sum);
+        default: return rotate_blocks<1>(x, signs, columns, q, scale, sum);
     }
 }
 
