@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -24,22 +23,6 @@ template <class T, int which>
 T* scratch(int64_t count) {
     static thread_local Memory<T> memory;
     return grown(memory, count);
-}
-
-// Without a branch, so that a loop over rows becomes vectors: 2^112 moves the exponent's bias, subnormals too.
-float half_to_float(uint16_t half) {
-    uint32_t bits = uint32_t(half & 0x7FFF) << 13;
-    float wide;
-    std::memcpy(&wide, &bits, 4);
-    wide *= 0x1p112f;
-    std::memcpy(&bits, &wide, 4);
-    bits |= uint32_t(half & 0x8000) << 16 | ((half & 0x7C00) == 0x7C00 ? 0x7F800000u : 0u);
-    std::memcpy(&wide, &bits, 4);
-    return wide;
-}
-
-void scale_rows(float* y, const uint16_t* row_scale, float unit, int64_t count) {
-    for (int64_t n = 0; n < count; ++n) y[n] *= half_to_float(row_scale[n]) * unit;
 }
 
 int offset_of(const PackedKernels& kernels, const TrellisMatrix&) { return kernels.trellis_offset; }
@@ -95,7 +78,7 @@ void multiply_group(const PackedKernels& kernels, const Matrix& matrix, const Ac
         }
         kernels.multiply_panel(own, is_int8(matrix), matrix.block, q, matrix.columns, start, count, acc);
         for (int64_t i = 0; i < count; ++i)
-            kernels.flush(acc + i * kPanelRows, scale[i], kPanelRows, sums + i * kPanelRows, 0);
+            kernels.flush(acc + i * kPanelRows, scale[i], kPanelRows, sums + i * kPanelRows);
     }
 }
 
@@ -123,13 +106,10 @@ void multiply_panels(const Matrix& matrix, const Activations& x, int64_t first, 
             }
         }
         const int64_t rows = std::min<int64_t>(kPanelRows, first + count - row);
-        float multiplier[kPanelRows];
-        std::fill_n(multiplier, rows, 1.0f);
-        scale_rows(multiplier, matrix.row_scale + row, unit_of(matrix), rows);
         for (int64_t t = 0; t < x.tokens; ++t) {
             const float* sum = sums + t * kPanelRows;
             float* out = y + t * y_stride + row - first;
-            for (int64_t n = 0; n < rows; ++n) out[n] = (sum[n] + sum[half_size + n]) * multiplier[n];
+            kernels.join(sum, sum + half_size, matrix.row_scale + row, unit_of(matrix), rows, out);
         }
     }
 }
@@ -162,11 +142,10 @@ void multiply_one(const IntMatrix& matrix, const Activations& x, int64_t first, 
                     dot(codes, stride, matrix.block, q, start, sums);
                 else
                     for (int64_t r = 0; r < rows; ++r) sums[r] = dot_row(matrix, codes + r * stride, q);
-                kernels.flush(sums, x.scale[b], 16, out[half], 0);
+                kernels.flush(sums, x.scale[b], 16, out[half]);
             }
-        for (int64_t r = 0; r < rows; ++r) y[row + r] = out[0][r] + out[1][r];
+        kernels.join(out[0], out[1], matrix.row_scale + first + row, unit_of(matrix), rows, y + row);
     }
-    scale_rows(y, matrix.row_scale + first, 1.0f, count);
 }
 
 // Rows whose sums of so many tokens stay in the first-level cache.
@@ -181,44 +160,38 @@ void multiply_half(const TrellisMatrix& matrix, const Activations& x, int half, 
     const int64_t tile = first / tile_rows, tiles = rows / tile_rows;
     const int64_t blocks = matrix.columns / matrix.block, per_block = matrix.block / kBlockInputs;
     const int64_t begin = begin_of_half(half, blocks), end = begin_of_half(half + 1, blocks);
-    int32_t* acc = scratch<int32_t, 0>(x.tokens * rows);
+    int32_t* acc = scratch<int32_t, 0>(std::min<int64_t>(x.tokens, kFewTokens) * rows);
     Start starts[8];
-    const auto start = [&](int64_t t, int64_t b) { return b < end ? -kernels.trellis_offset * x.sum[t * blocks + b] : 0; };
-    for (int64_t t = 0; t < x.tokens; ++t) {
-        std::fill_n(y + t * y_stride, rows, 0.0f);
-        std::fill_n(acc + t * rows, rows, start(t, begin));
-    }
+    for (int64_t t = 0; t < x.tokens; ++t) std::fill_n(y + t * y_stride, rows, 0.0f);
     for (int64_t b = begin; b < end; ++b) {
         for (int64_t i = 0; i < per_block; ++i) starts[i] = start_of(matrix, b * per_block + i, tile);
         const uint8_t* line = matrix.codes + b * per_block * stride + tile * 256;
+        const CodeBlock block = {line, stride, starts, per_block, tiles};
         for (int64_t t = 0; t < x.tokens; t += kFewTokens) {
             const int64_t together = std::min<int64_t>(kFewTokens, x.tokens - t);
+            int32_t start[kFewTokens];
+            float scale[kFewTokens];
+            for (int64_t i = 0; i < together; ++i) {
+                start[i] = -kernels.trellis_offset * x.sum[(t + i) * blocks + b];
+                scale[i] = x.scale[(t + i) * blocks + b];
+            }
             const int8_t* q = x.q + t * matrix.columns + b * matrix.block;
-            if (together == 1)
-                kernels.accumulate(*matrix.code, line, stride, starts, per_block, tiles, q, acc + t * rows);
-            else
-                kernels.accumulate_few(*matrix.code, line, stride, starts, per_block, tiles, q, matrix.columns,
-                                       together, acc + t * rows, rows);
-            for (int64_t i = t; i < t + together; ++i)
-                kernels.flush(acc + i * rows, x.scale[i * blocks + b], rows, y + i * y_stride, start(i, b + 1));
+            float* out = y + t * y_stride;
+            kernels.multiply_block(*matrix.code, block, {together, q, matrix.columns, start, scale, acc, out, y_stride});
         }
     }
 }
 
 // Whether a product is taken in registers, half by half.
-bool goes_by_halves(int64_t tokens) {
-    return tokens == 1 || (1 < tokens && tokens <= 2 * kFewTokens && packed_kernels().accumulate_few);
-}
+bool goes_by_halves(int64_t tokens) { return 0 < tokens && tokens <= packed_kernels().most_by_block; }
 
 // Whether threads share it so. With more tokens than one the work is less the reading than the products, and threads
 // that take rows have no sums to hand each other.
 bool is_cut_by_halves(const TrellisMatrix& matrix, int64_t tokens) { return tokens == 1 && matrix.columns > matrix.block; }
 bool is_cut_by_halves(const IntMatrix&, int64_t) { return false; }
 
-// y[row] = (y[row] + second[row]) * multiplier
 void join_halves(const TrellisMatrix& matrix, int64_t first, int64_t rows, const float* second, float* y) {
-    for (int64_t n = 0; n < rows; ++n) y[n] += second[n];
-    scale_rows(y, matrix.row_scale + first, matrix.unit, rows);
+    packed_kernels().join(y, second, matrix.row_scale + first, matrix.unit, rows, y);
 }
 
 void multiply_rows(const TrellisMatrix& matrix, const Activations& x, int64_t first, int64_t count, float* y,

@@ -11,9 +11,9 @@
 // column blocks lie one after another: of two threads that share a matrix by halves each reads a single piece of
 // memory, where one that takes some of the rows reads a stretch of every column block, at 0.9 of the speed.
 //
-// Two ways through a matrix. `accumulate` decodes and multiplies in registers: for one token or a few, where reading
-// the codes is the work. `decode_panel` writes 64 rows as bytes into the first- or second-level cache, `multiply_panel` reuses
-// them over all tokens. A panel is [K/4][64 rows][4 inputs]: dwords in the operand order of vpdpbusd and sdot.
+// Two ways through a matrix. `multiply_block` decodes and multiplies in registers: for one token or a few, where reading
+// the codes is the work. `decode_tile` writes 64 rows as bytes into the first- or second-level cache, `multiply_panel`
+// reuses them over all tokens. A panel is [K/4][64 rows][4 inputs]: dwords in the operand order of vpdpbusd and sdot.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +24,7 @@
 namespace duomo {
 
 constexpr int kPanelRows = 64;
-constexpr int kFewTokens = 4;     // that `accumulate_few` takes at once
+constexpr int kFewTokens = 4;     // that `multiply_block` takes at once
 constexpr int kBlockInputs = 16;  // inputs of a column block of the packed layout
 constexpr int kMostInputs = 128;  // that share an activation scale
 constexpr int kHalves = 2;        // of a row, each summed by itself
@@ -78,23 +78,39 @@ struct Start {
     const uint8_t* back2[4];
 };
 
+// Some rows of one block of inputs, as they are packed: `tiles` steps of 16 * phases rows, `line` pointing at the first
+// one's 256 bytes, which are [group][16 rows][4 inputs]; column blocks are `stride` bytes apart.
+struct CodeBlock {
+    const uint8_t* line;
+    int64_t stride;
+    const Start* starts;  // [column_blocks]
+    int64_t column_blocks, tiles;
+};
+
+// Up to kFewTokens tokens, by which each decoded weight is multiplied: what they bring to a block of inputs, and where
+// their sums are.
+struct FewTokens {
+    int64_t count;
+    const int8_t* q;
+    int64_t q_stride;
+    const int32_t* start;  // what their integer sums begin with: -trellis_offset * the block's sum
+    const float* scale;
+    int32_t* acc;  // [count][rows], scratch
+    float* y;
+    int64_t y_stride;
+};
+
 using PackRows = void(const uint8_t* codes, int64_t stride, int64_t rows, int64_t columns, uint8_t* panel);
 using DotRows = void(const uint8_t* codes, int64_t stride, int64_t inputs, const int8_t* q, int32_t start,
                      int32_t* sums);
 
-// What an instruction set must provide. `tiles` are steps of 16 * phases rows; `line` points at the first one's
-// 256 bytes, which are [group][16 rows][4 inputs]; column blocks are `stride` bytes apart. A panel byte is
-// level + offset.
+// What an instruction set must provide. A panel byte is level + offset.
 struct PackedKernels {
     int trellis_offset;  // 64 where the multiplier wants unsigned weights, else 0
     int int8_offset;     // 128 or 0
-    // acc[tile][phase][16 rows] += sum of (level + trellis_offset) * x over the 16 * blocks inputs x.
-    void (*accumulate)(const TrellisCode&, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
-                       int64_t tiles, const int8_t* x, int32_t* acc);
-    // The same for up to kFewTokens tokens, each decoded weight used by all; null where a panel does as well.
-    void (*accumulate_few)(const TrellisCode&, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
-                           int64_t tiles, const int8_t* x, int64_t x_stride, int64_t tokens, int32_t* acc,
-                           int64_t acc_stride);
+    // y[t][tile][phase][16 rows] += scale[t] * (start[t] + sum of (level + trellis_offset) * q over the block's inputs).
+    void (*multiply_block)(const TrellisCode&, const CodeBlock&, const FewTokens&);
+    int64_t most_by_block;  // tokens up to which blocks go faster than panels
     // One tile's 16 inputs as bytes: panel[group * 256 + 64 * phase], panel rows 16 * phases.
     void (*decode_tile)(const TrellisCode&, const uint8_t* line, const Start&, uint8_t* panel);
     // 64 rows of integers `stride` bytes apart (what is past `rows` counts for nothing), `columns` of them, as a panel.
@@ -107,8 +123,11 @@ struct PackedKernels {
     // sums[row] = start + sum over `inputs`, at most kMostInputs, of (level + offset) * q, for 16 rows `stride` bytes
     // apart.
     DotRows *dot_int8, *dot_int6;
-    // out[i] += scale * float(acc[i]) for `count` (a multiple of 16) values, and acc[i] = next.
-    void (*flush)(int32_t* acc, float scale, int64_t count, float* out, int32_t next);
+    // out[i] += scale * float(acc[i])
+    void (*flush)(const int32_t* acc, float scale, int64_t count, float* out);
+    // out[i] = (first[i] + second[i]) * (row_scale[i] * unit): the end of a row's two halves. out may be first.
+    void (*join)(const float* first, const float* second, const uint16_t* row_scale, float unit, int64_t count,
+                 float* out);
     // multiply_panel and flush in one, the accumulators never leaving the registers: sums[t][64] += scale[t] * acc[t].
     // Null where an instruction set has too few of them for that.
     void (*multiply_add)(const uint8_t* panel, int64_t inputs, const int8_t* q, int64_t stride, const int32_t* start,

@@ -4,6 +4,7 @@
 // symbols a phase sees those above it, so half of the nibble maps are zero and skipped; a short phase (code.hpp) takes
 // two. At 2 bits and L = 12 ten lookups make four phases. The codebook of 64 takes four lookups and three blends. `vpmaddubsw` adds two products in
 // 16 bits: levels are at most 127 and activations 127, so 2 * 127 * 127 = 32258 cannot saturate.
+#include "packed_lanes.hpp"
 #include "packed_shapes.hpp"
 
 #if defined(__AVX2__)
@@ -106,17 +107,16 @@ void accumulate_phase(const TrellisCode& code, Nibbles now, Nibbles back1, Nibbl
 }
 
 template <class Shape>
-void accumulate_as(const TrellisCode& code, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
-                   int64_t tiles, const int8_t* x, int32_t* acc) {
-    for (int64_t part = 0; part < 8 * blocks; ++part) {  // a group of a column block, and half of its rows
-        const int64_t block = part / 8, group = part / 2 % 4, half = 32 * (part % 2);
-        const Start& start = starts[block];
+void accumulate_as(const TrellisCode& code, const CodeBlock& block, const int8_t* x, int32_t* acc) {
+    for (int64_t part = 0; part < 8 * block.column_blocks; ++part) {  // a group of a column block, and half of its rows
+        const int64_t column_block = part / 8, group = part / 2 % 4, half = 32 * (part % 2);
+        const Start& start = block.starts[column_block];
         Nibbles back1 = split(start.back1[group] + half), back2 = split(start.back2[group] + half);
-        const __m256i x_i8x4 = broadcast4(x + 16 * block + 4 * group);
-        const uint8_t* in = line + block * stride + 64 * group + half;
+        const __m256i x_i8x4 = broadcast4(x + 16 * column_block + 4 * group);
+        const uint8_t* in = block.line + column_block * block.stride + 64 * group + half;
         int32_t* out = acc + half / 4;
-        for (int64_t tile = 0; tile < tiles; ++tile, in += 256, out += 16 * Shape::phases) {
-            if (!half) ask_for_line(in + stride);
+        for (int64_t tile = 0; tile < block.tiles; ++tile, in += 256, out += 16 * Shape::phases) {
+            if (!half) ask_for_line(in + block.stride);
             const Nibbles now = split(in);
             accumulate_phase<Shape, 0>(code, now, back1, back2, x_i8x4, out);
             accumulate_phase<Shape, 1>(code, now, back1, back2, x_i8x4, out);
@@ -148,16 +148,15 @@ void decode_tile_as(const TrellisCode& code, const uint8_t* line, const Start& s
 
 struct Variants {
     struct Variant {
-        decltype(PackedKernels::accumulate) accumulate;
+        decltype(PackedKernels::multiply_block) multiply_block;
         decltype(PackedKernels::decode_tile) decode_tile;
     };
     template <class Shape>
-    static constexpr Variant of = {accumulate_as<Shape>, decode_tile_as<Shape>};
+    static constexpr Variant of = {multiply_block_with<accumulate_as<Shape>>, decode_tile_as<Shape>};
 };
 
-void accumulate(const TrellisCode& code, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
-                int64_t tiles, const int8_t* x, int32_t* acc) {
-    choose<Variants>(code).accumulate(code, line, stride, starts, blocks, tiles, x, acc);
+void multiply_block(const TrellisCode& code, const CodeBlock& block, const FewTokens& few) {
+    choose<Variants>(code).multiply_block(code, block, few);
 }
 
 void decode_tile(const TrellisCode& code, const uint8_t* line, const Start& start, uint8_t* panel) {
@@ -301,17 +300,9 @@ void dot_int6(const uint8_t* codes, int64_t stride, int64_t inputs, const int8_t
     }
 }
 
-void flush(int32_t* acc, float scale, int64_t count, float* out, int32_t next) {
-    const __m256 a = _mm256_set1_ps(scale);
-    for (int64_t i = 0; i < count; i += 8) {
-        const __m256 product = _mm256_mul_ps(a, _mm256_cvtepi32_ps(load(acc + i)));
-        _mm256_storeu_ps(out + i, _mm256_add_ps(_mm256_loadu_ps(out + i), product));
-        store(acc + i, _mm256_set1_epi32(next));
-    }
-}
-
-constexpr PackedKernels kernels = {64,        0,              accumulate, nullptr,  decode_tile, pack_int8,
-                                   pack_int6, multiply_panel, dot_int8,   dot_int6, flush,       nullptr};
+constexpr PackedKernels kernels = {64,        0,         multiply_block, 1,        decode_tile,
+                                   pack_int8, pack_int6, multiply_panel,    dot_int8, dot_int6,
+                                   flush,     join,      nullptr};
 
 }  // namespace
 

@@ -11,7 +11,9 @@
 // under a mask, and one matrix, the sum of both, maps the merged byte beside that of the byte between. So lcc2-12 takes
 // 4 affines, 4 lookups, 4 products and 7 other operations for 256 weights, lcc4-12 half of 4, 4, 4 and 5. On Zen 4
 // affines and products share two pipes, lookups one of these and a third, a 512-bit operation holds its pipe for two
-// cycles: 9.5 cycles at best, 11.7 measured (14.7 before phases went short, 12.2 while the reaching one did not).
+// cycles: 9.5 cycles at best, 11.0 measured (14.7 before phases went short, 12.2 while the reaching one did not, 11.7 while sums
+// were scaled in a pass of their own).
+#include "packed_lanes.hpp"
 #include "packed_shapes.hpp"
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__) && defined(__GFNI__)
@@ -26,9 +28,11 @@ using namespace duomo;
 
 // How far ahead codes are asked for, in the order in which they are read: down a column block's rows, then on in the
 // next one, which no hardware guesses. Into the second-level cache: asked into the first, the lines push out the sums.
-// Zen 4, lcc2-12, one thread down whole column blocks from memory, GB/s: 9 without, 12.7 at 8 KB, 13.1 at 12, 15.6 from
-// 16 KB on; 17.5 is what decoding alone allows. Past the end of what a thread reads it is still worth asking.
-constexpr int64_t kAheadBytes = 16384;
+// More than once: a core asks for as many lines as it has buffers, what is asked beyond is dropped without a word, and
+// who asks again finds it arrived or gets it still in time. Codes of 4 bits, which leave time for it, are asked for
+// three times. Two threads on Zen 4, from memory, share of a plain reader: 0.84 asked for once, 0.88 twice (2 bits);
+// 0.84, 0.90, 0.94 (4 bits). Past the end of what a thread reads it is still worth asking.
+constexpr int64_t kAheadBytes[] = {32768, 16384, 4096};
 
 void ask_for_line(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
@@ -90,31 +94,50 @@ struct Decoder {
     }
 };
 
-// The tiles of one column block: back1 and back2 of its four groups stay in registers all the way down. x rows are
-// `x_stride` and the sums of a token `acc_stride` apart.
-template <int tokens, class Shape>
-void accumulate_block(const Decoder<Shape>& decoder, const uint8_t* line, int64_t ahead, const Start& start,
-                      int64_t tiles, const int8_t* x, int64_t x_stride, int32_t* acc, int64_t acc_stride) {
-    constexpr int phases = Shape::phases;
+// The tiles of one column block: back1 and back2 of its four groups stay in registers all the way down. In a block's
+// first column block sums begin as `start`; in its last they go to y, so that no pass over all rows comes between two
+// blocks, in which nothing would be read.
+template <int tokens, class Shape, bool is_first, bool is_last>
+void multiply_column_block(const Decoder<Shape>& decoder, const CodeBlock& block, int64_t i, const FewTokens& few) {
+    constexpr int phases = Shape::phases, asks = phases == 4 ? 2 : 3;
+    const int64_t run = block.tiles * 256;
+    const bool is_whole = run == block.stride;
+    int64_t ahead[asks];  // the same rows of later column blocks, unless all rows are read
+    for (int a = 0; a < asks; ++a)
+        ahead[a] = is_whole ? kAheadBytes[a] : (kAheadBytes[a] + run - 1) / run * block.stride;
+    const auto ask = [&](const uint8_t* p) {
+        for (int a = 0; a < asks; ++a) ask_for_line(p + ahead[a]);
+    };
+    const int64_t acc_stride = block.tiles * 16 * phases, q_stride = few.q_stride, y_stride = few.y_stride;
+    const uint8_t* line = block.line + i * block.stride;
+    const int8_t* q = few.q + kBlockInputs * i;
+    int32_t* acc = few.acc;
+    float* y = few.y;
     __m512i back1[4], back2[4];
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) {
-        back1[g] = load(start.back1[g]);
-        back2[g] = load(start.back2[g]);
+        back1[g] = load(block.starts[i].back1[g]);
+        back2[g] = load(block.starts[i].back2[g]);
+        if (!is_whole) {  // then what comes before the rows is not among what is asked for below
+            ask(block.starts[i].back1[g]);
+            ask(block.starts[i].back2[g]);
+        }
     }
-    for (int64_t tile = 0; tile < tiles; ++tile, line += 256, acc += 16 * phases) {
+    for (int64_t tile = 0; tile < block.tiles; ++tile, line += 256, acc += 16 * phases, y += 16 * phases) {
         __m512i sum[tokens][phases];
 #pragma GCC unroll 4
         for (int t = 0; t < tokens; ++t)
 #pragma GCC unroll 4
-            for (int p = 0; p < phases; ++p) sum[t][p] = load(acc + t * acc_stride + 16 * p);
+            for (int p = 0; p < phases; ++p)
+                sum[t][p] = is_first ? _mm512_set1_epi32(few.start[t]) : load(acc + t * acc_stride + 16 * p);
 #pragma GCC unroll 4
         for (int g = 0; g < 4; ++g) {
-            ask_for_line(line + ahead + 64 * g);
+            ask(line + 64 * g);
             const __m512i now = load(line + 64 * g);
             const auto add = [&](int p, __m512i level) {
 #pragma GCC unroll 4
-                for (int t = 0; t < tokens; ++t) sum[t][p] = _mm512_dpbusd_epi32(sum[t][p], level, broadcast4(x + t * x_stride + 4 * g));
+                for (int t = 0; t < tokens; ++t)
+                    sum[t][p] = _mm512_dpbusd_epi32(sum[t][p], level, broadcast4(q + t * q_stride + 4 * g));
             };
             add(0, decoder.template decode<0>(now, back1[g], back2[g]));
             add(1, decoder.template decode<1>(now, back1[g], back2[g]));
@@ -128,33 +151,43 @@ void accumulate_block(const Decoder<Shape>& decoder, const uint8_t* line, int64_
 #pragma GCC unroll 4
         for (int t = 0; t < tokens; ++t)
 #pragma GCC unroll 4
-            for (int p = 0; p < phases; ++p) _mm512_storeu_si512(acc + t * acc_stride + 16 * p, sum[t][p]);
+            for (int p = 0; p < phases; ++p) {
+                if (!is_last) {
+                    _mm512_storeu_si512(acc + t * acc_stride + 16 * p, sum[t][p]);
+                    continue;
+                }
+                float* out = y + t * y_stride + 16 * p;
+                const __m512 product = _mm512_mul_ps(_mm512_set1_ps(few.scale[t]), _mm512_cvtepi32_ps(sum[t][p]));
+                _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), product));
+            }
     }
 }
 
 template <int tokens, class Shape>
-void accumulate_tokens(const TrellisCode& code, const uint8_t* line, int64_t stride, const Start* starts,
-                       int64_t blocks, int64_t tiles, const int8_t* x, int64_t x_stride, int32_t* acc,
-                       int64_t acc_stride) {
+void multiply_tokens(const TrellisCode& code, const CodeBlock& block, const FewTokens& few) {
     const Decoder<Shape> decoder(code);
-    const int64_t run = tiles * 256, ahead = (kAheadBytes + run - 1) / run * stride;
-    for (int64_t block = 0; block < blocks; ++block)
-        accumulate_block<tokens, Shape>(decoder, line + block * stride, ahead, starts[block], tiles,
-                                                          x + 16 * block, x_stride, acc, acc_stride);
+    const int64_t last = block.column_blocks - 1;
+    if (last == 0) return multiply_column_block<tokens, Shape, true, true>(decoder, block, 0, few);
+    multiply_column_block<tokens, Shape, true, false>(decoder, block, 0, few);
+    for (int64_t i = 1; i < last; ++i)
+        multiply_column_block<tokens, Shape, false, false>(decoder, block, i, few);
+    multiply_column_block<tokens, Shape, false, true>(decoder, block, last, few);
 }
 
 // As many tokens together as leave their sums in registers.
 template <class Shape>
-void accumulate_as(const TrellisCode& code, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
-                   int64_t tiles, const int8_t* x, int64_t x_stride, int64_t tokens, int32_t* acc,
-                   int64_t acc_stride) {
+void multiply_block_as(const TrellisCode& code, const CodeBlock& block, FewTokens few) {
     constexpr int most = 8 / Shape::phases;
-    static constexpr decltype(&accumulate_tokens<1, Shape>) counts[] = {
-        accumulate_tokens<1, Shape>, accumulate_tokens<2, Shape>, accumulate_tokens<std::min(3, most), Shape>,
-        accumulate_tokens<most, Shape>};
-    for (; tokens > 0; tokens -= most, x += most * x_stride, acc += most * acc_stride)
-        counts[std::min<int64_t>(tokens, most) - 1](code, line, stride, starts, blocks, tiles, x, x_stride, acc,
-                                                    acc_stride);
+    static constexpr decltype(&multiply_tokens<1, Shape>) counts[] = {
+        multiply_tokens<1, Shape>, multiply_tokens<2, Shape>, multiply_tokens<std::min(3, most), Shape>,
+        multiply_tokens<most, Shape>};
+    for (; few.count > 0; few.count -= most) {
+        counts[std::min<int64_t>(few.count, most) - 1](code, block, few);
+        few.q += most * few.q_stride;
+        few.start += most;
+        few.scale += most;
+        few.y += most * few.y_stride;
+    }
 }
 
 template <class Shape>
@@ -176,22 +209,15 @@ void decode_tile_as(const TrellisCode& code, const uint8_t* line, const Start& s
 
 struct Variants {
     struct Variant {
-        decltype(PackedKernels::accumulate_few) accumulate;
+        decltype(&multiply_block_as<Shape<4, 0, false, false>>) multiply_block;
         decltype(PackedKernels::decode_tile) decode_tile;
     };
     template <class Shape>
-    static constexpr Variant of = {accumulate_as<Shape>, decode_tile_as<Shape>};
+    static constexpr Variant of = {multiply_block_as<Shape>, decode_tile_as<Shape>};
 };
 
-void accumulate_few(const TrellisCode& code, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
-                    int64_t tiles, const int8_t* x, int64_t x_stride, int64_t tokens, int32_t* acc,
-                    int64_t acc_stride) {
-    choose<Variants>(code).accumulate(code, line, stride, starts, blocks, tiles, x, x_stride, tokens, acc, acc_stride);
-}
-
-void accumulate(const TrellisCode& code, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
-                int64_t tiles, const int8_t* x, int32_t* acc) {
-    accumulate_few(code, line, stride, starts, blocks, tiles, x, 0, 1, acc, 0);
+void multiply_block(const TrellisCode& code, const CodeBlock& block, const FewTokens& few) {
+    choose<Variants>(code).multiply_block(code, block, few);
 }
 
 void decode_tile(const TrellisCode& code, const uint8_t* line, const Start& start, uint8_t* panel) {
@@ -350,18 +376,19 @@ void dot_rows(const uint8_t* codes, int64_t stride, int64_t inputs, const int8_t
     dot_block<Form, bits>(codes, stride, inputs, q, start, sums);
 }
 
-void flush(int32_t* acc, float scale, int64_t count, float* out, int32_t next) {
-    const __m512 a = _mm512_set1_ps(scale);
-    for (int64_t i = 0; i < count; i += 16) {
-        const __m512 product = _mm512_mul_ps(a, _mm512_cvtepi32_ps(load(acc + i)));
-        _mm512_storeu_ps(out + i, _mm512_add_ps(_mm512_loadu_ps(out + i), product));
-        _mm512_storeu_si512(acc + i, _mm512_set1_epi32(next));
-    }
-}
-
-constexpr PackedKernels kernels = {
-    64,      128,   accumulate,         accumulate_few,   decode_tile, pack_rows<Eight>, pack_rows<Six>,
-    nullptr, dot_rows<Eight, 8>, dot_rows<Six, 6>, flush,       multiply_add};
+constexpr PackedKernels kernels = {64,
+                                   128,
+                                   multiply_block,
+                                   2 * kFewTokens,
+                                   decode_tile,
+                                   pack_rows<Eight>,
+                                   pack_rows<Six>,
+                                   nullptr,
+                                   dot_rows<Eight, 8>,
+                                   dot_rows<Six, 6>,
+                                   flush,
+                                   join,
+                                   multiply_add};
 
 }  // namespace
 

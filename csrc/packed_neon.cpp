@@ -1,7 +1,7 @@
 // NEON with the dot-product extension (ARMv8.2): nibble tables by `tbl`, the codebook by `tbl4`, products by `sdot`.
 //
 // `sdot` takes signed weights, so levels stay signed and no offset has to be taken out again.
-#include "packed.hpp"
+#include "packed_lanes.hpp"
 
 #if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
@@ -45,15 +45,15 @@ int8x16_t broadcast4(const int8_t* x) {
     return vreinterpretq_s8_s32(vdupq_n_s32(four));
 }
 
-void accumulate(const TrellisCode& code, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
-                int64_t tiles, const int8_t* x, int32_t* acc) {
-    for (int64_t part = 0; part < 16 * blocks; ++part) {  // a group of a column block, and four of its rows
-        const int64_t block = part / 16, group = part / 4 % 4, offset = 16 * (part % 4);
-        const Start& start = starts[block];
+void accumulate(const TrellisCode& code, const CodeBlock& block, const int8_t* x, int32_t* acc) {
+    for (int64_t part = 0; part < 16 * block.column_blocks; ++part) {  // a group of a column block, and four of its rows
+        const int64_t column_block = part / 16, group = part / 4 % 4, offset = 16 * (part % 4);
+        const Start& start = block.starts[column_block];
         Nibbles back1 = split(start.back1[group] + offset), back2 = split(start.back2[group] + offset);
-        const int8x16_t x_i8x4 = broadcast4(x + 16 * block + 4 * group);
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-            const Nibbles now = split(line + block * stride + 256 * tile + 64 * group + offset);
+        const int8x16_t x_i8x4 = broadcast4(x + 16 * column_block + 4 * group);
+        for (int64_t tile = 0; tile < block.tiles; ++tile) {
+            const uint8_t* line = block.line + column_block * block.stride + 256 * tile + 64 * group;
+            const Nibbles now = split(line + offset);
             for (int phase = 0; phase < code.phases; ++phase) {
                 int32_t* out = acc + (tile * code.phases + phase) * 16 + offset / 4;
                 vst1q_s32(out, vdotq_s32(vld1q_s32(out), decode(code, phase, now, back1, back2), x_i8x4));
@@ -144,15 +144,9 @@ void dot_int6(const uint8_t* codes, int64_t stride, int64_t inputs, const int8_t
     }
 }
 
-void flush(int32_t* acc, float scale, int64_t count, float* out, int32_t next) {
-    for (int64_t i = 0; i < count; i += 4) {
-        vst1q_f32(out + i, vaddq_f32(vld1q_f32(out + i), vmulq_n_f32(vcvtq_f32_s32(vld1q_s32(acc + i)), scale)));
-        vst1q_s32(acc + i, vdupq_n_s32(next));
-    }
-}
-
-constexpr PackedKernels kernels = {0,         0,              accumulate, nullptr,  decode_tile, pack_int8,
-                                   pack_int6, multiply_panel, dot_int8,   dot_int6, flush,       nullptr};
+constexpr PackedKernels kernels = {0,         0,         multiply_block_with<accumulate>, 1,        decode_tile,
+                                   pack_int8, pack_int6, multiply_panel,             dot_int8, dot_int6,
+                                   flush,     join,      nullptr};
 
 }  // namespace
 

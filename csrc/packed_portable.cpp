@@ -1,7 +1,5 @@
 // The plain version: what the bits mean, with no instruction set at all. Compilers vectorize the inner loops.
-#include "packed.hpp"
-
-#include <cstring>
+#include "packed_lanes.hpp"
 
 namespace {
 
@@ -25,13 +23,12 @@ void add_dots(const uint8_t* levels, const int8_t* x, int32_t* acc) {
                     levels[4 * row + 3] * x[3];
 }
 
-void accumulate(const TrellisCode& code, const uint8_t* line, int64_t stride, const Start* starts, int64_t blocks,
-                int64_t tiles, const int8_t* x, int32_t* acc) {
-    for (int64_t part = 0; part < 4 * blocks; ++part) {  // a group of a column block
-        const int64_t block = part / 4, group = part % 4;
-        const uint8_t *back1 = starts[block].back1[group], *back2 = starts[block].back2[group];
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-            const uint8_t* now = line + block * stride + 256 * tile + 64 * group;
+void accumulate(const TrellisCode& code, const CodeBlock& block, const int8_t* x, int32_t* acc) {
+    for (int64_t part = 0; part < 4 * block.column_blocks; ++part) {  // a group of a column block
+        const int64_t column_block = part / 4, group = part % 4;
+        const uint8_t *back1 = block.starts[column_block].back1[group], *back2 = block.starts[column_block].back2[group];
+        for (int64_t tile = 0; tile < block.tiles; ++tile) {
+            const uint8_t* now = block.line + column_block * block.stride + 256 * tile + 64 * group;
             for (int phase = 0; phase < code.phases; ++phase) {
                 uint8_t levels[64];
                 decode_line(code, phase, now, back1, back2, levels);
@@ -124,15 +121,9 @@ void dot_int6(const uint8_t* codes, int64_t stride, int64_t inputs, const int8_t
     }
 }
 
-void flush(int32_t* acc, float scale, int64_t count, float* out, int32_t next) {
-    for (int64_t i = 0; i < count; ++i) {
-        out[i] += scale * float(acc[i]);
-        acc[i] = next;
-    }
-}
-
 }  // namespace
 
 const duomo::PackedKernels duomo::packed_portable = {
-    64,           0,              accumulate, nullptr,  decode_tile, pack_rows<8>,
-    pack_rows<6>, multiply_panel, dot_int8,   dot_int6, flush,       nullptr};
+    64,           0,              multiply_block_with<accumulate>, 1,        decode_tile, pack_rows<8>,
+    pack_rows<6>, multiply_panel, dot_int8,                   dot_int6, flush,       join,
+    nullptr};
