@@ -12,6 +12,8 @@ namespace duomo {
 
 enum class Stored { float32 = 0, bfloat16 = 1, int8 = 2 };
 
+constexpr int64_t bytes_of(Stored stored) { return stored == Stored::float32 ? 4 : stored == Stored::bfloat16 ? 2 : 1; }
+
 // One side of a layer's cache: [slots][groups][head_dim]; scale is [slots][groups], for int8 only.
 struct CacheSide {
     const void* data;

@@ -4,11 +4,23 @@
 #include <cstring>
 
 #include "lanes.hpp"
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
 using duomo::CacheSide;
 using duomo::Stored;
+
+inline I32x16 widened(I8x16 level) {
+#if defined(__AVX512F__)
+    return I32x16(_mm512_cvtepi8_epi32(__m128i(level)));
+#else
+    // In steps: at once, GCC 12 takes the lanes one by one.
+    return __builtin_convertvector(__builtin_convertvector(level, I16x16), I32x16);
+#endif
+}
 
 void widen(const CacheSide& side, int64_t group, const int64_t* slots, int64_t count, float* out) {
     const int64_t width = side.head_dim;
@@ -29,9 +41,7 @@ void widen(const CacheSide& side, int64_t group, const int64_t* slots, int64_t c
             case Stored::int8:
                 for (int64_t h = 0; h < width; h += 16) {
                     const auto level = load_as<I8x16>(static_cast<const int8_t*>(side.data) + row * width + h);
-                    // In steps: straight to floats, GCC 12 takes the lanes one by one.
-                    const auto wide = __builtin_convertvector(__builtin_convertvector(level, I16x16), I32x16);
-                    store(out + h, __builtin_convertvector(wide, F32x16) * side.scale[row]);
+                    store(out + h, __builtin_convertvector(widened(level), F32x16) * side.scale[row]);
                 }
                 break;
         }

@@ -98,9 +98,7 @@ struct Pass {
     }
 
     CacheSide side(void* data, float* scale, int64_t layer) const {
-        const int64_t rows = store.slots * stack.groups, bytes = store.stored == Stored::float32    ? 4
-                                                                 : store.stored == Stored::bfloat16 ? 2
-                                                                                                    : 1;
+        const int64_t rows = store.slots * stack.groups, bytes = bytes_of(store.stored);
         return {static_cast<char*>(data) + layer * rows * stack.head_dim * bytes,
                 scale ? scale + layer * rows : nullptr, store.stored, stack.groups, stack.head_dim};
     }
