@@ -73,6 +73,20 @@ void integers_linear(const Integers& self, Address x, int64_t tokens, Address y)
            at<float>(y));
 }
 
+// Rows of a matrix, turned back: out[count][columns].
+void integers_rows(const Integers& self, Address ids, int64_t count, Address out) {
+    const IntMatrix& matrix = self.bank.matrix;
+    for (int64_t i = 0; i < count; ++i)
+        if (at<int64_t>(ids)[i] < 0 || at<int64_t>(ids)[i] >= matrix.rows) throw nb::index_error("no such row");
+    nb::gil_scoped_release release;
+    for (int64_t i = 0; i < count; ++i) {
+        float* row = at<float>(out) + i * matrix.columns;
+        open_row(matrix, at<int64_t>(ids)[i], row);
+        if (const float* signs = self.bank.signs_or_null())
+            rotate_kernels().unrotate(row, signs, matrix.columns, matrix.block);
+    }
+}
+
 void run_experts(const Trellis& gate_up, const Trellis& down, Address hidden, Address expert_ids, Address weights,
                  int64_t tokens, int64_t chosen, Address out) {
     const TrellisBank &a = gate_up.bank, &b = down.bank;
@@ -173,5 +187,6 @@ void bind_kernels(nb::module_& m) {
     nb::class_<Integers>(m, "Integers", "A matrix of 8- or 6-bit integers with one scale a row.")
         .def("__init__", &make_integers, nb::arg("codes"), nb::arg("row_scale"), nb::arg("bits"), nb::arg("block"),
              nb::arg("signs"))
-        .def("linear", &integers_linear, nb::arg("x"), nb::arg("tokens"), nb::arg("y"));
+        .def("linear", &integers_linear, nb::arg("x"), nb::arg("tokens"), nb::arg("y"))
+        .def("rows", &integers_rows, nb::arg("ids"), nb::arg("count"), nb::arg("out"));
 }

@@ -1,5 +1,5 @@
 // Rows, blocks and panels: how a product is cut up. Nothing here knows an instruction set.
-#include "packed.hpp"
+#include "packed_lanes.hpp"
 
 #include <algorithm>
 #include <atomic>
@@ -329,6 +329,19 @@ void linear_rows(const TrellisMatrix& matrix, const Activations& x, int64_t firs
 void linear_rows(const IntMatrix& matrix, const Activations& x, int64_t first, int64_t count, float* y,
                  int64_t y_stride) {
     multiply_rows(matrix, x, first, count, y, y_stride);
+}
+
+void open_row(const IntMatrix& matrix, int64_t row, float* out) {
+    const uint8_t* codes = matrix.at(row, 0);
+    const float scale = half_to_float(matrix.row_scale[row]);
+    if (is_int8(matrix)) {
+        for (int64_t k = 0; k < matrix.columns; ++k) out[k] = float(int8_t(codes[k])) * scale;
+        return;
+    }
+    for (int64_t k = 0; k < matrix.columns; k += 4) {
+        const uint32_t four = open_six(codes + k / 4 * 3);
+        for (int i = 0; i < 4; ++i) out[k + i] = float(int(four >> 8 * i & 63) - kSixOffset) * scale;
+    }
 }
 
 void linear_each(const TrellisMatrix* matrices, const Activations* x, float* const* y, int64_t count) {

@@ -148,6 +148,9 @@ Start start_of(const TrellisMatrix&, int64_t column_block, int64_t tile);
 void linear_rows(const TrellisMatrix&, const Activations&, int64_t first, int64_t count, float* y, int64_t y_stride);
 void linear_rows(const IntMatrix&, const Activations&, int64_t first, int64_t count, float* y, int64_t y_stride);
 
+// One row's levels times its scale: out[columns], rotated as it is stored.
+void open_row(const IntMatrix&, int64_t row, float* out);
+
 // Several products side by side on the pool, y[i] being [x[i].tokens][matrices[i].rows].
 void linear_each(const TrellisMatrix* matrices, const Activations* x, float* const* y, int64_t count);
 

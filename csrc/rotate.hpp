@@ -14,6 +14,8 @@ struct RotateKernels {
     // One row of `columns` inputs (a multiple of `block`, itself 16 to 128). `signs` may be null: no rotation.
     void (*rotate_quantize)(const float* x, const float* signs, int64_t columns, int block, int8_t* q, float* scale,
                             int32_t* sum);
+    // The way back of such a row, in place: signs times its transform, a block at a time.
+    void (*unrotate)(float* x, const float* signs, int64_t columns, int block);
     // out[i] = silu(gate[i]) * up[i], i < count; any count.
     void (*swiglu)(const float* gate, const float* up, int64_t count, float* out);
     // out = weight * (x / sqrt(mean(x^2) + eps)), one row.

@@ -3,7 +3,7 @@
 #include "rotate_lanes.hpp"
 
 namespace {
-constexpr duomo::RotateKernels kernels = {rotate_quantize, swiglu, rmsnorm, rotate_pairs, dot, exp_sum, add_scaled};
+constexpr duomo::RotateKernels kernels = {rotate_quantize, unrotate, swiglu, rmsnorm, rotate_pairs, dot, exp_sum, add_scaled};
 }
 const duomo::RotateKernels* const duomo::rotate_avx512 = &kernels;
 #else

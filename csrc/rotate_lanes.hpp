@@ -85,6 +85,25 @@ void rotate_quantize(const float* x, const float* signs, int64_t columns, int bl
     }
 }
 
+template <int vectors>
+void unrotate_blocks(float* x, const float* signs, int64_t columns) {
+    for (int64_t first = 0; first < columns; first += 16 * vectors) {
+        F32x16 v[vectors];
+        for (int i = 0; i < vectors; ++i) v[i] = load(x + first + 16 * i);
+        transform<vectors>(v, norm_of(16 * vectors));
+        for (int i = 0; i < vectors; ++i) store(x + first + 16 * i, v[i] * load(signs + first + 16 * i));
+    }
+}
+
+void unrotate(float* x, const float* signs, int64_t columns, int block) {
+    switch (block) {
+        case 128: return unrotate_blocks<8>(x, signs, columns);
+        case 64: return unrotate_blocks<4>(x, signs, columns);
+        case 32: return unrotate_blocks<2>(x, signs, columns);
+        default: return unrotate_blocks<1>(x, signs, columns);
+    }
+}
+
 // e^x by 2^n * p(r), |r| <= ln2 / 2: a polynomial of degree 6, relative error below 2e-7. Clamped to normal results.
 inline F32x16 exponential(F32x16 x) {
     x = x < -87.0f ? all(-87.0f) : x;

@@ -131,6 +131,23 @@ def test_rows_are_looked_up_alone(bits):
         assert torch.equal(weight.rows_of(torch.tensor(ids, dtype=torch.int64)), weight.levels()[ids])
 
 
+@pytest.mark.parametrize("bits", [8, 6])
+@pytest.mark.parametrize("columns", [48, 96, 192, 384])  # blocks of 16 to 128
+@pytest.mark.parametrize("is_rotated", [False, True])
+def test_rows_turned_back_are_the_reference_s(isa, bits, columns, is_rotated):
+    weight = random_integers(77, columns, seed=4 if is_rotated else None, bits=bits)
+    for ids in (torch.tensor([], dtype=torch.int64), torch.tensor([76, 0, 5, 5]), torch.tensor([[3], [70]])):
+        fast = cpu.packed_rows(ids, weight)
+        assert fast.shape == (*ids.shape, columns)
+        assert torch.equal(fast, reference.packed_rows(ids, weight))
+
+
+def test_a_row_that_is_not_there_is_refused():
+    for missing in (77, -1):
+        with pytest.raises(IndexError, match="no such row"):
+            cpu.packed_rows(torch.tensor([0, missing]), random_integers(77, 128))
+
+
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_agree(isa, tokens, dtype):

@@ -79,6 +79,7 @@ __all__ = [
     "packed_qkv",
     "packed_rmsnorm",
     "packed_route",
+    "packed_rows",
     "paged_attention",
     "rmsnorm",
     "rotate_halves",
@@ -196,6 +197,13 @@ def packed_linear(x: Tensor, weight: PackedWeight, index: int = 0) -> Tensor:
     if _takes(x) and weight.block >= NATIVE_BLOCK:
         return cpu.packed_linear(x, weight, index)
     return reference.packed_linear(x, weight, index)
+
+
+def packed_rows(ids_T: Tensor, weight: IntWeight) -> Tensor:
+    """Rows of a matrix of integers by their numbers, turned back: fp32 [..., K]."""
+    if _takes(ids_T) and weight.block >= NATIVE_BLOCK:
+        return cpu.packed_rows(ids_T, weight)
+    return reference.packed_rows(ids_T, weight)
 
 
 def packed_experts(

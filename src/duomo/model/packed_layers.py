@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from duomo import kernels
-from duomo.kernels.reference.packed import unrotate
 from duomo.kernels.weights import IntWeight, PackedWeight, TrellisWeight
 from duomo.model.experts import Router, note_choice
 from duomo.model.inputs import Batch, KVCache
@@ -40,11 +39,9 @@ class PackedEmbedding(nn.Module):
         super().__init__()
         self.packed = weight
         self.dtype = dtype
-        self._scale = torch.from_numpy(weight.stored.row_scale)
 
     def forward(self, ids_T: Tensor) -> Tensor:
-        rotated = self.packed.rows_of(ids_T).float() * self._scale[ids_T].float()[..., None]
-        return unrotate(rotated, self.packed.signs, self.packed.block).to(self.dtype)
+        return kernels.packed_rows(ids_T, self.packed).to(self.dtype)
 
     def unembed(self, hidden_TD: Tensor) -> Tensor:
         return kernels.packed_linear(hidden_TD, self.packed)

@@ -48,6 +48,13 @@ def packed_linear(x: Tensor, weight: PackedWeight, index: int = 0) -> Tensor:
     return out.to(x.dtype).reshape(*x.shape[:-1], weight.rows)
 
 
+def packed_rows(ids_T: Tensor, weight: IntWeight) -> Tensor:
+    ids = ids_T.to(torch.int64).contiguous()
+    out = torch.empty(*ids.shape, weight.columns)
+    weight.native.rows(ids.data_ptr(), ids.numel(), out.data_ptr())
+    return out
+
+
 def packed_experts(
     hidden_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, gate_up: TrellisWeight, down: TrellisWeight
 ) -> Tensor:

@@ -10,6 +10,7 @@ from duomo.kernels.reference.packed import (
     packed_linear,
     packed_mlp,
     packed_qkv,
+    packed_rows,
     quantize_activations,
 )
 from duomo.kernels.reference.paged_attention import paged_attention
@@ -43,6 +44,7 @@ __all__ = [
     "packed_linear",
     "packed_mlp",
     "packed_qkv",
+    "packed_rows",
     "paged_attention",
     "panel_linear",
     "quantize_activations",

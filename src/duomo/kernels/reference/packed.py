@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duomo.kernels.reference.rope import rotate_pairs
-from duomo.kernels.weights import PackedWeight, TrellisWeight
+from duomo.kernels.weights import IntWeight, PackedWeight, TrellisWeight
 
 LEAST_PEAK = 1e-30
 """A block whose largest value is not above this counts as zero: 127 / peak would overflow."""
@@ -45,6 +45,12 @@ def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
 def unrotate(x: Tensor, signs: Tensor | None, block: int) -> Tensor:
     """The inverse of `rotate`; the identity where there are no signs."""
     return x if signs is None else rotate(x, torch.ones_like(signs), block) * signs
+
+
+def packed_rows(ids_T: Tensor, weight: IntWeight) -> Tensor:
+    """Rows of a matrix of integers by their numbers, turned back: fp32 [..., K]."""
+    scale = torch.from_numpy(weight.stored.row_scale)[ids_T].float()
+    return unrotate(weight.rows_of(ids_T).float() * scale[..., None], weight.signs, weight.block)
 
 
 def quantize_activations(x_TK: Tensor, signs: Tensor | None, block: int) -> Activations:
