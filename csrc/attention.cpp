@@ -39,7 +39,8 @@ struct Query {
 
     // Asks for the rows of `count` keys of a group, those that there are. No hardware guesses them: a head of the
     // cache is a few lines out of every slot. Inlined, because GCC takes a call that only asks for one without effect.
-    __attribute__((always_inline)) void ask(const CacheSide& side, int64_t group, int64_t first, int64_t count, int64_t end) const {
+    __attribute__((always_inline)) void ask(const CacheSide& side, int64_t group, int64_t first, int64_t count,
+                                            int64_t end) const {
         const int64_t bytes = side.head_dim * bytes_of(side.stored);
         for (int64_t u = first; u < std::min(first + count, end); ++u) {
             const int64_t row = (page_row[u / page_size] * page_size + u % page_size) * side.groups + group;
@@ -63,7 +64,7 @@ struct Query {
         const int64_t each = (kKeys + tokens * share - 1) / (tokens * share);
         ask(key, group, 0, kKeys, longest);
         for (int64_t u = 0; u < longest; u += kKeys) {
-            int64_t later = u + kKeys;
+            int64_t later = u + kKeys;  // what is asked for next
             slots(u, std::min(kKeys, longest - u), own);
             kernels.widen(key, group, own, std::min(kKeys, longest - u), block);
             for (int64_t t = 0; t < tokens; ++t)
@@ -84,7 +85,7 @@ struct Query {
                 std::fill_n(out + row_of(t, head), width, 0.0f);
             }
         for (int64_t u = 0; u < longest; u += kKeys) {
-            int64_t later = u + kKeys;
+            int64_t later = u + kKeys;  // what is asked for next
             slots(u, std::min(kKeys, longest - u), own);
             kernels.widen(value, group, own, std::min(kKeys, longest - u), block);
             for (int64_t t = 0; t < tokens; ++t)

@@ -177,7 +177,8 @@ void multiply_half(const TrellisMatrix& matrix, const Activations& x, int half, 
             }
             const int8_t* q = x.q + t * matrix.columns + b * matrix.block;
             float* out = y + t * y_stride;
-            kernels.multiply_block(*matrix.code, block, {together, q, matrix.columns, start, scale, acc, out, y_stride});
+            const FewTokens few = {together, q, matrix.columns, start, scale, acc, out, y_stride};
+            kernels.multiply_block(*matrix.code, block, few);
         }
     }
 }

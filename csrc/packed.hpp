@@ -11,9 +11,10 @@
 // column blocks lie one after another: of two threads that share a matrix by halves each reads a single piece of
 // memory, where one that takes some of the rows reads a stretch of every column block, at 0.9 of the speed.
 //
-// Two ways through a matrix. `multiply_block` decodes and multiplies in registers: for one token or a few, where reading
-// the codes is the work. `decode_tile` writes 64 rows as bytes into the first- or second-level cache, `multiply_panel`
-// reuses them over all tokens. A panel is [K/4][64 rows][4 inputs]: dwords in the operand order of vpdpbusd and sdot.
+// Two ways through a matrix. `multiply_block` decodes and multiplies in registers: for one token or a few, where
+// reading the codes is the work. `decode_tile` writes 64 rows as bytes into the first- or second-level cache,
+// `multiply_panel` reuses them over all tokens. A panel is [K/4][64 rows][4 inputs]: dwords in the operand order of
+// vpdpbusd and sdot.
 #pragma once
 
 #include <cstddef>
@@ -108,7 +109,7 @@ using DotRows = void(const uint8_t* codes, int64_t stride, int64_t inputs, const
 struct PackedKernels {
     int trellis_offset;  // 64 where the multiplier wants unsigned weights, else 0
     int int8_offset;     // 128 or 0
-    // y[t][tile][phase][16 rows] += scale[t] * (start[t] + sum of (level + trellis_offset) * q over the block's inputs).
+    // y[t][tile][phase][16 rows] += scale[t] * (start[t] + sum over the block of (level + trellis_offset) * q).
     void (*multiply_block)(const TrellisCode&, const CodeBlock&, const FewTokens&);
     int64_t most_by_block;  // tokens up to which blocks go faster than panels
     // One tile's 16 inputs as bytes: panel[group * 256 + 64 * phase], panel rows 16 * phases.

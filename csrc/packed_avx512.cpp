@@ -11,8 +11,8 @@
 // under a mask, and one matrix, the sum of both, maps the merged byte beside that of the byte between. So lcc2-12 takes
 // 4 affines, 4 lookups, 4 products and 7 other operations for 256 weights, lcc4-12 half of 4, 4, 4 and 5. On Zen 4
 // affines and products share two pipes, lookups one of these and a third, a 512-bit operation holds its pipe for two
-// cycles: 9.5 cycles at best, 11.0 measured (14.7 before phases went short, 12.2 while the reaching one did not, 11.7 while sums
-// were scaled in a pass of their own).
+// cycles: 9.5 cycles at best, 11.0 measured (14.7 before phases went short, 12.2 while the reaching one did not, 11.7
+// while sums were scaled in a pass of their own).
 #include "packed_lanes.hpp"
 #include "packed_shapes.hpp"
 

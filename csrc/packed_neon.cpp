@@ -46,7 +46,7 @@ int8x16_t broadcast4(const int8_t* x) {
 }
 
 void accumulate(const TrellisCode& code, const CodeBlock& block, const int8_t* x, int32_t* acc) {
-    for (int64_t part = 0; part < 16 * block.column_blocks; ++part) {  // a group of a column block, and four of its rows
+    for (int64_t part = 0; part < 16 * block.column_blocks; ++part) {  // a group of a column block, four of its rows
         const int64_t column_block = part / 16, group = part / 4 % 4, offset = 16 * (part % 4);
         const Start& start = block.starts[column_block];
         Nibbles back1 = split(start.back1[group] + offset), back2 = split(start.back2[group] + offset);

@@ -26,7 +26,8 @@ void add_dots(const uint8_t* levels, const int8_t* x, int32_t* acc) {
 void accumulate(const TrellisCode& code, const CodeBlock& block, const int8_t* x, int32_t* acc) {
     for (int64_t part = 0; part < 4 * block.column_blocks; ++part) {  // a group of a column block
         const int64_t column_block = part / 4, group = part % 4;
-        const uint8_t *back1 = block.starts[column_block].back1[group], *back2 = block.starts[column_block].back2[group];
+        const Start& start = block.starts[column_block];
+        const uint8_t *back1 = start.back1[group], *back2 = start.back2[group];
         for (int64_t tile = 0; tile < block.tiles; ++tile) {
             const uint8_t* now = block.line + column_block * block.stride + 256 * tile + 64 * group;
             for (int phase = 0; phase < code.phases; ++phase) {

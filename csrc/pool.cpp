@@ -110,7 +110,7 @@ private:
 
 std::mutex turn;  // one parallel piece at a time
 Pool* pool = nullptr;
-std::atomic<int> threads_{0};  // 0: not asked yet
+std::atomic<int> known_threads{0};  // 0: not asked yet
 
 // A forked child has none of the parent's threads: it forgets the pool and makes its own when it needs one.
 void forget() {
@@ -121,12 +121,12 @@ void forget() {
 }  // namespace
 
 int num_threads() {
-    int count = threads_.load(std::memory_order_relaxed);
-    if (count == 0) threads_.store(count = allowed_cores(), std::memory_order_relaxed);
+    int count = known_threads.load(std::memory_order_relaxed);
+    if (count == 0) known_threads.store(count = allowed_cores(), std::memory_order_relaxed);
     return count;
 }
 
-void set_num_threads(int count) { threads_.store(count > 0 ? count : 0, std::memory_order_relaxed); }
+void set_num_threads(int count) { known_threads.store(count > 0 ? count : 0, std::memory_order_relaxed); }
 
 void parallel(int64_t count, void (*body)(void*, int64_t), void* context) {
     const int threads = num_threads();
