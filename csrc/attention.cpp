@@ -32,9 +32,12 @@ struct Query {
     const int64_t* num_keys;
     float* out;
 
+    int64_t slot_of(int64_t key_number) const {
+        return page_row[key_number / page_size] * page_size + key_number % page_size;
+    }
+
     void slots(int64_t first, int64_t count, int64_t* into) const {
-        for (int64_t i = 0; i < count; ++i)
-            into[i] = page_row[(first + i) / page_size] * page_size + (first + i) % page_size;
+        for (int64_t i = 0; i < count; ++i) into[i] = slot_of(first + i);
     }
 
     // Asks for the rows of `count` keys of a group, those that there are. No hardware guesses them: a head of the
@@ -43,7 +46,7 @@ struct Query {
                                             int64_t end) const {
         const int64_t bytes = side.head_dim * bytes_of(side.stored);
         for (int64_t u = first; u < std::min(first + count, end); ++u) {
-            const int64_t row = (page_row[u / page_size] * page_size + u % page_size) * side.groups + group;
+            const int64_t row = slot_of(u) * side.groups + group;
             const char* line = static_cast<const char*>(side.data) + row * bytes;
             for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(line + byte, 0, 2);
             if (side.scale) __builtin_prefetch(side.scale + row, 0, 2);

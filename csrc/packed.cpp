@@ -114,13 +114,16 @@ void multiply_panels(const Matrix& matrix, const Activations& x, int64_t first, 
     }
 }
 
+// Level k of a row.
+int level_at(const IntMatrix& matrix, const uint8_t* codes, int64_t k) {
+    if (is_int8(matrix)) return int8_t(codes[k]);
+    return int(open_six(codes + k / 4 * 3) >> 8 * (k % 4) & 63) - kSixOffset;
+}
+
 // One row of a block: for rows that are no whole sixteen.
 int32_t dot_row(const IntMatrix& matrix, const uint8_t* codes, const int8_t* q) {
     int32_t sum = 0;
-    for (int64_t k = 0; k < matrix.block; ++k) {
-        const uint32_t four = is_int8(matrix) ? 0 : open_six(codes + k / 4 * 3);
-        sum += (is_int8(matrix) ? int8_t(codes[k]) : int(four >> 8 * (k % 4) & 63) - kSixOffset) * q[k];
-    }
+    for (int64_t k = 0; k < matrix.block; ++k) sum += level_at(matrix, codes, k) * q[k];
     return sum;
 }
 
@@ -335,14 +338,7 @@ void linear_rows(const IntMatrix& matrix, const Activations& x, int64_t first, i
 void open_row(const IntMatrix& matrix, int64_t row, float* out) {
     const uint8_t* codes = matrix.at(row, 0);
     const float scale = half_to_float(matrix.row_scale[row]);
-    if (is_int8(matrix)) {
-        for (int64_t k = 0; k < matrix.columns; ++k) out[k] = float(int8_t(codes[k])) * scale;
-        return;
-    }
-    for (int64_t k = 0; k < matrix.columns; k += 4) {
-        const uint32_t four = open_six(codes + k / 4 * 3);
-        for (int i = 0; i < 4; ++i) out[k + i] = float(int(four >> 8 * i & 63) - kSixOffset) * scale;
-    }
+    for (int64_t k = 0; k < matrix.columns; ++k) out[k] = float(level_at(matrix, codes, k)) * scale;
 }
 
 void linear_each(const TrellisMatrix* matrices, const Activations* x, float* const* y, int64_t count) {
